@@ -1,0 +1,87 @@
+// Chooses the instruction set at run time. Memory is allocated here and not in the kernels: a standard template instantiated in
+// a file compiled for AVX-512 could be the copy that the linker keeps for every processor.
+#include "row_kernel.h"
+
+#include <cstring>
+#include <vector>
+
+namespace distill_kernels {
+
+#define DK_DECLARE(isa)                               \
+  namespace isa {                                     \
+  void run(const RowParams&, float* scratch, int);    \
+  int64_t scratch_floats(const RowParams&);           \
+  void map(char, const float*, float*, int64_t);      \
+  }
+DK_DECLARE(baseline)
+#if defined(__x86_64__)
+DK_DECLARE(avx2)
+DK_DECLARE(avx512)
+#endif
+#undef DK_DECLARE
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  void (*run)(const RowParams&, float*, int);
+  int64_t (*scratch_floats)(const RowParams&);
+  void (*map)(char, const float*, float*, int64_t);
+};
+
+constexpr int kAtMost = 3;
+struct Available {
+  InstructionSet sets[kAtMost];
+  const char* names[kAtMost + 1] = {};
+  int count = 0;
+
+  void add(InstructionSet set) {
+    names[count] = set.name;
+    sets[count++] = set;
+  }
+};
+
+const Available& available() {
+  static const Available found = [] {
+    Available a;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+      a.add({"avx512", &avx512::run, &avx512::scratch_floats, &avx512::map});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) a.add({"avx2", &avx2::run, &avx2::scratch_floats, &avx2::map});
+#endif
+    a.add({"baseline", &baseline::run, &baseline::scratch_floats, &baseline::map});
+    return a;
+  }();
+  return found;
+}
+
+const InstructionSet* find(const char* name) {
+  const Available& a = available();
+  if (name == nullptr) return &a.sets[0];
+  for (int i = 0; i < a.count; ++i)
+    if (std::strcmp(a.names[i], name) == 0) return &a.sets[i];
+  return nullptr;
+}
+
+}  // namespace
+
+const char* const* available_instruction_sets() { return available().names; }
+
+bool run_row_kernel(const RowParams& params, int threads, const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  if (set == nullptr) return false;
+  std::vector<float> scratch(static_cast<size_t>(set->scratch_floats(params)));
+  set->run(params, scratch.data(), threads);
+  return true;
+}
+
+bool run_math_function(char which, const float* in, float* out, int64_t count, const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  if (set == nullptr) return false;
+  set->map(which, in, out, count);
+  return true;
+}
+
+}  // namespace distill_kernels

@@ -1,0 +1,16 @@
+// Every function below, templates included, is compiled for this target; it is entered only where the processor has it.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdint>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#endif
+#define DK_ISA avx512
+#define DK_LANES 16
+#include "row_kernel.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

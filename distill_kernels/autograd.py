@@ -1,0 +1,155 @@
+"""The one custom op, its fake implementation and its gradient: what torch's autograd, compiler and autocast see of the engine.
+
+`terms` returns, for each token, the divergence, the cross entropy and the squared log-sum-exp, and
+
+    total = Σ_n Σ_k coefficients[n, k] · terms[n, k]
+
+It is differentiable through `total` or through `terms`, by `deferred`:
+
+- deferred=False: the gradients of `total` are made while the logits are at hand (3S + 1T in all), and backward only scales them.
+- deferred=True: forward computes no gradient (1S + 1T); backward knows what each token's terms are worth and computes it then
+  (3S + 1T more). This is what makes per-token results differentiable without storing logits.
+
+Gradients are accumulated and kept in float32 and rounded to the inputs' dtype once, after the upstream gradient is multiplied in: a
+float16 gradient under a loss scaler must not underflow before it is scaled.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backends
+from distill_kernels.chunked import empty_outputs
+from distill_kernels.divergences import from_parameters
+from distill_kernels.problem import Problem, Tensors, check_labels
+
+
+def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(total (), terms (N, 3), stats (N, 6) or (0,)); total is differentiable unless `deferred`, terms are if `deferred`."""
+    divergence = problem.divergence
+    total, terms_, _, _, _, stats = terms(
+        *tensors,
+        "" if divergence is None else divergence.name,
+        [] if divergence is None else list(divergence.parameters),
+        *(getattr(problem, name) for name in PLAIN_FIELDS),
+        backend,
+        deferred,
+    )
+    return total, terms_, stats
+
+
+def _compute(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    student_bias: Tensor | None,  # (V,)
+    teacher_hidden: Tensor | None,  # (N, D_t)
+    teacher_weight: Tensor | None,  # (V, D_t)
+    teacher_bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (N,)
+    coefficients: Tensor,  # (N, 3)
+    divergence: str,  # "": none
+    parameters: Sequence[float],
+    cross_entropy: bool,
+    z_loss: bool,
+    temperature: float,
+    label_smoothing: float,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    d_hidden: bool,
+    d_weight: bool,
+    d_bias: bool,
+    stats: bool,
+    compact: bool,
+    workspace_mib: int,
+    backend: str,
+    deferred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem, tensors = _problem(**locals())
+    check_labels(labels, problem.vocabulary)
+    outputs = backends.choose(problem, backend).run(problem, tensors)
+    return (coefficients * outputs.terms).sum(), *outputs
+
+
+ARGUMENTS = tuple(inspect.signature(_compute).parameters)
+# All that follow the tensors, the divergence and its parameters are fields of Problem, but for the last two.
+PLAIN_FIELDS = ARGUMENTS[len(Tensors._fields) + 2 : -2]
+
+
+def _problem(*, divergence, parameters, backend, deferred, **arguments) -> tuple[Problem, Tensors]:
+    """What the op's arguments ask of a backend; a deferred call asks for no gradient."""
+    tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
+    if deferred:
+        arguments |= {"d_hidden": False, "d_weight": False, "d_bias": False}
+    teacher = tensors.teacher_hidden
+    problem = Problem(
+        tokens=tensors.student_hidden.shape[0],
+        vocabulary=tensors.student_weight.shape[0],
+        student_dim=tensors.student_hidden.shape[1],
+        teacher_dim=0 if teacher is None else teacher.shape[1],
+        student_dtype=tensors.student_hidden.dtype,
+        teacher_dtype=(tensors.student_hidden if teacher is None else teacher).dtype,
+        device=tensors.student_hidden.device,
+        divergence=from_parameters(divergence, parameters) if divergence else None,
+        **arguments,
+    )
+    return problem, tensors
+
+
+terms = torch.library.custom_op("distill_kernels::terms", _compute, mutates_args=())
+
+
+@terms.register_fake
+def _(*args, **kwargs):
+    problem, tensors = _problem(**inspect.signature(_compute).bind(*args, **kwargs).arguments)
+    return tensors.coefficients.new_empty(()), *empty_outputs(problem, tensors.student_hidden)
+
+
+def _save(ctx, inputs, output):
+    arguments = dict(zip(ARGUMENTS, inputs, strict=True))
+    tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
+    total, terms_, d_hidden, d_weight, d_bias, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.scalars = arguments
+    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
+    if arguments["deferred"]:
+        ctx.mark_non_differentiable(total, d_hidden, d_weight, d_bias, stats)
+        ctx.save_for_backward(*tensors)
+    else:
+        ctx.mark_non_differentiable(terms_, d_hidden, d_weight, d_bias, stats)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+
+
+def _backward(ctx, d_total, d_terms, *_):
+    wanted = [ctx.scalars[name] for name in ("d_hidden", "d_weight", "d_bias")]
+    if ctx.scalars["deferred"]:
+        tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=d_terms)
+        gradients = terms(*tensors, *{**ctx.scalars, "deferred": False, "stats": False}.values())[2:5]
+        gradients = [_rounded(g, dtype) if w else None for g, dtype, w in zip(gradients, ctx.dtypes, wanted, strict=True)]
+    else:
+        gradients = [
+            _rounded(_scaled(g, d_total), dtype) if w else None for g, dtype, w in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
+        ]
+    return *gradients, *[None] * (len(ARGUMENTS) - len(gradients))
+
+
+def _scaled(gradient, upstream):
+    """gradient · upstream: in place where this backward is the last that will read it, so that no second copy is ever held.
+
+    Should that be judged wrongly, autograd's version counter turns the next backward into an error, not into wrong numbers.
+    """
+    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * upstream
+    return gradient.mul_(upstream)
+
+
+def _rounded(gradient, dtype):
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
+terms.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,49 @@
+"""The backend contract, and the choice among backends.
+
+A backend is a module of this package with
+
+    why_not(problem) -> str | None       None if it can run the problem, else the reason in words
+    schedule(problem) -> Schedule        what the planner must know of it
+    run(problem, tensors) -> Outputs     the terms of the loss, and the gradients of Σ coefficients · terms
+
+Adding one: write the module, and put its name in ORDER where `auto` should consider it.
+"""
+
+import importlib
+from dataclasses import replace
+
+from distill_kernels.plan import Plan, make_plan
+from distill_kernels.problem import Problem
+
+ORDER = ("native", "torch")  # fastest first
+
+
+def load(name):
+    return importlib.import_module(f"distill_kernels.backends.{name}")
+
+
+def choose(problem: Problem, name: str = "auto"):
+    """The backend module that runs `problem`: the one named, or the first of ORDER that can.
+
+    Raises ValueError for an unknown name, NotImplementedError with every backend's reason where none (or not the one named) can run.
+    """
+    if name != "auto" and name not in ORDER:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
+    reasons = {}
+    for candidate in ORDER if name == "auto" else (name,):
+        backend = load(candidate)
+        reasons[candidate] = backend.why_not(problem)
+        if reasons[candidate] is None:
+            return backend
+    raise NotImplementedError("; ".join(f"backend {candidate!r} cannot run this: {reason}" for candidate, reason in reasons.items()))
+
+
+def name_of(backend) -> str:
+    return backend.__name__.rpartition(".")[2]
+
+
+def plan(problem: Problem, name: str = "auto", *, deferred: bool = False) -> Plan:
+    """The plan of the backend that would run. `deferred`: gradients are made in backward, which repeats the forward products."""
+    backend = choose(problem, name)
+    made = make_plan(problem, backend.schedule(problem))
+    return replace(made, backward_flops=made.forward_flops + made.backward_flops) if deferred else made

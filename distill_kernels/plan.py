@@ -1,0 +1,111 @@
+"""How many tokens a chunk holds, and what a call costs: pure functions of the problem, never of the memory that happens to be free.
+
+The chunked schedule keeps, at any time, the float32 logits of one chunk of tokens, student's and teacher's. Everything it
+allocates beyond gradients fits in `workspace_mib`; the rest of this file is arithmetic anyone can check by hand.
+"""
+
+from dataclasses import dataclass
+
+from distill_kernels.problem import Problem
+
+MIB = 2**20
+PANEL_MIB = 4  # of a 16-bit head, widened to float32 at a time: stays in a core's share of L3 between widening and product
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a backend lays out its work, as far as the plan depends on it."""
+
+    token_alignment: int = 1  # a chunk's rows are allocated in multiples of this
+    row_buffers: int = 0  # float32 (tokens, V) temporaries beside the logits, held for `Plan.row_tokens` tokens at a time
+    widens: bool = True  # 16-bit operands go through float32 panels
+
+
+@dataclass(frozen=True)
+class Plan:
+    chunk_tokens: int  # tokens whose logits are held at a time
+    chunks: int  # when no token is masked
+    row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
+    panel_rows: int  # rows of a 16-bit head that are widened at a time; 0: none
+    workspace_bytes: int
+    gradient_bytes: int  # accumulators of the gradients, in the compute dtype
+    cast_bytes: int  # the gradients once more in the inputs' dtype, where that is another
+    eager_bytes: int  # what eager torch holds at its peak for the same loss, gradients left out
+    forward_flops: int
+    backward_flops: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak above the inputs: workspace, gradient accumulators, and the casts that replace them at the end."""
+        return max(self.workspace_bytes + self.gradient_bytes, self.gradient_bytes + self.cast_bytes)
+
+    def __str__(self):
+        def mib(count):
+            return f"{count / MIB:,.1f} MiB"
+
+        panel = f", {self.panel_rows:,} rows of a 16-bit head widened at a time" if self.panel_rows else ""
+        return "\n".join(
+            [
+                f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens{panel}",
+                f"workspace   {mib(self.workspace_bytes)}",
+                f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
+                f"peak        {mib(self.peak_bytes)} above the inputs",
+                f"eager       {mib(self.eager_bytes + self.gradient_bytes + self.cast_bytes)} above the inputs",
+                f"products    {self.forward_flops / 1e12:,.3f} TFLOP forward, {self.backward_flops / 1e12:,.3f} TFLOP backward",
+            ]
+        )
+
+
+def make_plan(problem: Problem, schedule: Schedule) -> Plan:
+    """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
+    element = problem.compute_dtype.itemsize
+    models = [(problem.student_dim, problem.student_dtype)]
+    if problem.teacher_dim:
+        models.append((problem.teacher_dim, problem.teacher_dtype))
+    budget = problem.workspace_mib * MIB
+
+    panel_rows = panel_bytes = 0
+    narrow = [dim for dim, dtype in models if dtype.itemsize < element]
+    if schedule.widens and narrow:
+        panel_rows = max(1, min(problem.vocabulary, min(PANEL_MIB * MIB, budget // 8) // (max(narrow) * element)))
+        panel_bytes = panel_rows * max(narrow) * element
+
+    # Each token: its logits, and float32 copies of its hidden states and of its d_hidden.
+    row_bytes = problem.vocabulary * element
+    token_bytes = len(models) * row_bytes + (2 * problem.student_dim + problem.teacher_dim) * element
+    row_tokens = 0
+    if schedule.row_buffers:
+        row_tokens = max(1, budget // 4 // (schedule.row_buffers * row_bytes))
+    left = budget - panel_bytes - row_tokens * schedule.row_buffers * row_bytes
+    alignment = schedule.token_alignment
+    most = left // token_bytes // alignment * alignment
+    if most < 1:
+        needed = -(-(budget - left + alignment * token_bytes) // MIB)
+        raise ValueError(
+            f"workspace_mib={problem.workspace_mib} cannot hold the logits of {alignment} token{'s' * (alignment > 1)} at vocabulary size "
+            f"{problem.vocabulary}; it needs at least {needed}"
+        )
+    chunks = max(1, -(-problem.tokens // most))
+    even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
+    chunk_tokens = max(alignment, -(-even // alignment) * alignment)
+    row_tokens = min(row_tokens, chunk_tokens)
+
+    student_values = problem.tokens * problem.student_dim * problem.d_hidden
+    head_values = problem.vocabulary * (problem.student_dim * problem.d_weight + problem.d_bias)
+    gradient_values = student_values + head_values
+    product = 2 * problem.tokens * problem.vocabulary
+    # Eager torch, float32 logits: both models' logits and log-softmaxes forward; then both log-softmaxes, the pointwise divergence
+    # and two gradients of that size. Five buffers at once either way with a teacher, three without.
+    eager_buffers = 5 if problem.teacher_dim else 3
+    return Plan(
+        chunk_tokens=chunk_tokens,
+        chunks=max(1, -(-problem.tokens // chunk_tokens)),
+        row_tokens=row_tokens,
+        panel_rows=panel_rows,
+        workspace_bytes=chunk_tokens * token_bytes + panel_bytes + row_tokens * schedule.row_buffers * row_bytes,
+        gradient_bytes=gradient_values * element,
+        cast_bytes=gradient_values * problem.student_dtype.itemsize if problem.student_dtype.itemsize < element else 0,
+        eager_bytes=eager_buffers * problem.tokens * row_bytes,
+        forward_flops=product * (problem.student_dim + problem.teacher_dim),
+        backward_flops=product * problem.student_dim * (problem.d_hidden + problem.d_weight),
+    )

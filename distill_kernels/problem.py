@@ -1,0 +1,201 @@
+"""One call, validated: shapes, dtypes, devices and options, checked before any work and refused in words.
+
+`Problem` is what a backend and the planner need to know of a call beyond its tensors; `Tensors` are the tensors, flattened to one
+row for each token. Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes of student and teacher.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from distill_kernels.divergences import Divergence
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+SWEEPS = (None, "int8", "fp8")
+VOCAB_MISMATCH = ("error", "truncate")
+
+# Columns of a call's per-token results.
+TERMS = ("divergence", "cross_entropy", "z_loss")
+STATS = ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement", "tail_mass")
+TAIL_PROBABILITY = 1e-4  # `tail_mass` is the student's probability on entries to which the teacher gives less
+
+
+class Tensors(NamedTuple):
+    student_hidden: torch.Tensor  # (N, D_s)
+    student_weight: torch.Tensor  # (V, D_s)
+    student_bias: torch.Tensor | None  # (V,)
+    teacher_hidden: torch.Tensor | None  # (N, D_t)
+    teacher_weight: torch.Tensor | None  # (V, D_t)
+    teacher_bias: torch.Tensor | None  # (V,)
+    labels: torch.Tensor | None  # (N,) int64, negative where there is none
+    coefficients: torch.Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
+
+
+@dataclass(frozen=True)
+class Problem:
+    tokens: int
+    vocabulary: int
+    student_dim: int
+    teacher_dim: int  # 0: there is no teacher
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    device: torch.device
+    divergence: Divergence | None  # None: no such term
+    cross_entropy: bool
+    z_loss: bool
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    student_logit_scale: float = 1.0
+    teacher_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    d_hidden: bool = True  # which gradients are asked for
+    d_weight: bool = True
+    d_bias: bool = False
+    stats: bool = False
+    compact: bool = False  # some tokens may be masked
+    workspace_mib: int = 64
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of logits, sums and gradient accumulators: float32, or float64 for float64 inputs."""
+        return torch.float64 if torch.float64 in (self.student_dtype, self.teacher_dtype) else torch.float32
+
+    @property
+    def gradient(self) -> bool:
+        return self.d_hidden or self.d_weight or self.d_bias
+
+
+def finite_number(name, value, *, above=None, least=None, most=None, optional=False):
+    """Raises TypeError or ValueError unless `value` is a finite Python number within the bounds (or None where `optional`)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
+    wanted = " and".join(
+        f" {word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("at most", most)) if bound is not None
+    )
+    inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
+    if not math.isfinite(value) or not inside:
+        raise ValueError(f"{name} must be a finite number{wanted}, got {value!r}")
+
+
+def one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_options(
+    *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
+    teacher_softcap, reduction, vocab_mismatch, column_fraction, seed, sweep, workspace_mib, ignore_index, process_group,
+):  # fmt: skip
+    """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
+    finite_number("temperature", temperature, above=0)
+    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_loss_weight", z_loss_weight)):
+        finite_number(name, value, least=0)
+    if kd_weight == ce_weight == z_loss_weight == 0:
+        raise ValueError("kd_weight, ce_weight and z_loss_weight are all 0: there is nothing to compute")
+    finite_number("label_smoothing", label_smoothing, least=0, most=1)
+    for name, value in (("student_logit_scale", student_logit_scale), ("teacher_logit_scale", teacher_logit_scale)):
+        finite_number(name, value)
+    for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
+        finite_number(name, value, above=0, optional=True)
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("vocab_mismatch", vocab_mismatch, VOCAB_MISMATCH)
+    one_of("sweep", sweep, SWEEPS)
+    for name, value in (("ignore_index", ignore_index), ("seed", seed), ("workspace_mib", workspace_mib)):
+        if (value is not None or name != "seed") and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    if workspace_mib < 1:
+        raise ValueError(f"workspace_mib must be at least 1, got {workspace_mib}")
+    if column_fraction is not None:
+        finite_number("column_fraction", column_fraction, above=0, most=1)
+        raise NotImplementedError("column_fraction: column-sampled gradients are not available yet; pass None for exact gradients")
+    if sweep is not None:
+        raise NotImplementedError(f"sweep={sweep!r}: quantised sweeps are not available yet; pass None for the exact one")
+    if process_group is not None:
+        raise NotImplementedError("process_group: vocabulary-parallel heads are not available yet; gather the heads and pass None")
+
+
+def _matrix(name, tensor, dim=None):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if (dim is None and tensor.dim() < 1) or (dim is not None and tensor.dim() != dim):
+        raise ValueError(
+            f"{name} must have {'at least 1 dimension' if dim is None else f'{dim} dimensions'}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_head(model, hidden, weight, bias):
+    """Hidden states, head and bias of one model fit together."""
+    _matrix(f"{model}_hidden", hidden)
+    _matrix(f"{model}_weight", weight, 2)
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{model}_hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {model}_weight has "
+            f"{weight.shape[1]} columns (shape {tuple(weight.shape)}); wanted hidden (..., D) and weight (V, D)"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{model}_weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{model}_hidden is {hidden.dtype} but {model}_weight is {weight.dtype}; cast one, or call under torch.autocast, "
+            "which casts both"
+        )
+    if bias is not None:
+        _matrix(f"{model}_bias", bias, 1)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"{model}_bias has {bias.shape[0]} entries but {model}_weight has {weight.shape[0]} rows")
+
+
+def check_tokens(name, tensor, shape, dtypes, wanted):
+    """A tensor with one entry for each token."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have one entry for each token, shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_devices(tensors: dict):
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError("all tensors must be on one device, got " + ", ".join(f"{name} on {device}" for name, device in devices.items()))
+
+
+def check_teacher(tensors: dict):
+    """The teacher is a constant here; a gradient that silently stayed zero would be worse than an error."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but the teacher gets no gradient here: run the teacher under torch.no_grad() and call "
+                f"teacher.requires_grad_(False), or pass {name}.detach()"
+            )
+
+
+def shared_vocabulary(student_weight, teacher_weight, vocab_mismatch):
+    """Rows of the heads that both have, or ValueError if they differ and were not said to be cut."""
+    rows = student_weight.shape[0], teacher_weight.shape[0]
+    if rows[0] != rows[1] and vocab_mismatch == "error":
+        raise ValueError(
+            f"student_weight has {rows[0]} rows but teacher_weight has {rows[1]}; if the first {min(rows)} entries mean the same tokens, "
+            'pass vocab_mismatch="truncate" to compare those, renormalised'
+        )
+    return min(rows)
+
+
+def check_labels(labels, vocabulary):
+    """Labels (N,) are below the vocabulary size; negative ones mean none. Reads the labels, so on CPU only: elsewhere it would sync."""
+    if labels is None or labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    largest = int(labels.max())
+    if largest >= vocabulary:
+        raise ValueError(f"labels must be below the vocabulary size {vocabulary} (or ignore_index), got {largest}")
+    if int(labels.min()) < -1:
+        raise ValueError(f"labels must be at least 0 (or ignore_index), got {int(labels.min())}")

@@ -1,0 +1,18 @@
+"""The public API of distill_kernels; `import distill_kernels` shows the same names."""
+
+from distill_kernels.api.diagnosis import doctor, plan
+from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
+from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+
+__all__ = [
+    "BackboneOutput",
+    "DistillationLoss",
+    "DistillationStats",
+    "distillation_loss",
+    "distillation_loss_and_stats",
+    "doctor",
+    "next_token_labels",
+    "plan",
+    "run_backbone",
+    "token_logprobs",
+]

@@ -1,0 +1,104 @@
+"""What would run, and what it would cost, before anything runs."""
+
+import platform
+
+import torch
+
+from distill_kernels import backends
+from distill_kernels import problem as contract
+from distill_kernels.backends import native
+from distill_kernels.divergences import resolve
+from distill_kernels.plan import Plan
+
+
+def plan(
+    tokens: int,
+    vocabulary: int,
+    student_dim: int,
+    teacher_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    divergence="forward_kl",
+    reduction: str = "mean",
+    hidden_gradient: bool = True,
+    weight_gradient: bool = True,
+    backend: str = "auto",
+    workspace_mib: int = 64,
+) -> Plan:
+    """Chunks, workspace, peak memory and flops of a `distillation_loss` call with N = tokens, V = vocabulary, D_s and D_t.
+
+    Nothing runs and nothing is allocated; `print` the result to read it. `weight_gradient=False` is a frozen head, `teacher_dim=0` a
+    call without a teacher (kd_weight=0).
+
+    Returns
+        A `Plan`: chunk_tokens, chunks, workspace_bytes, gradient_bytes, cast_bytes, peak_bytes (above the inputs), eager_bytes (what
+        eager torch holds for the same loss, gradients left out), forward_flops, backward_flops.
+
+    Raises
+        ValueError if the workspace cannot hold one token's logits; NotImplementedError if no backend can run it.
+
+    Example
+        >>> print(plan(8192, 128256, 2048, 4096, dtype=torch.bfloat16))  # doctest: +SKIP
+    """
+    for name, value, least in (
+        ("tokens", tokens, 0),
+        ("vocabulary", vocabulary, 1),
+        ("student_dim", student_dim, 1),
+        ("teacher_dim", teacher_dim, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    contract.one_of("dtype", dtype, contract.DTYPES)
+    contract.one_of("reduction", reduction, contract.REDUCTIONS)
+    contract.finite_number("workspace_mib", workspace_mib, least=1)
+    deferred = reduction == "none"
+    problem = contract.Problem(
+        tokens=tokens,
+        vocabulary=vocabulary,
+        student_dim=student_dim,
+        teacher_dim=teacher_dim,
+        student_dtype=dtype,
+        teacher_dtype=dtype,
+        device=torch.device(device),
+        divergence=resolve(divergence) if teacher_dim else None,
+        cross_entropy=False,
+        z_loss=not teacher_dim,
+        d_hidden=hidden_gradient,
+        d_weight=weight_gradient,
+        workspace_mib=workspace_mib,
+    )
+    return backends.plan(problem, backend, deferred=deferred)
+
+
+def doctor() -> dict[str, str | None]:
+    """Prints what this installation can run, and why it cannot run the rest.
+
+    Returns
+        For each backend None if it runs float32 tensors on CPU or on this machine's accelerator, otherwise the reason.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
+    print(
+        f"distill_kernels on Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    reasons = {}
+    for name in backends.ORDER:
+        per_device = {str(device): backends.load(name).why_not(_probe(device)) for device in devices}
+        for device, reason in per_device.items():
+            print(f"  {name:8} {device:6} {'ready' if reason is None else 'cannot run: ' + reason}")
+        reasons[name] = next((None for reason in per_device.values() if reason is None), per_device["cpu"])
+    if native.instruction_sets():
+        chosen, *others = native.instruction_sets()
+        print(f"  native kernels use {chosen}" + (f" ({', '.join(others)} also built in)" if others else ""))
+    for device in devices:
+        print(f'  backend="auto" on {device} takes {backends.name_of(backends.choose(_probe(device)))}')
+    return reasons
+
+
+def _probe(device):
+    """The plainest problem there is."""
+    return contract.Problem(
+        tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=torch.float32, teacher_dtype=torch.float32, device=device,
+        divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
+    )  # fmt: skip

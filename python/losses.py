@@ -1,0 +1,361 @@
+"""The losses: what a training loop calls. Flattening, masks, reduction and autocast are done here, everything else below."""
+
+import inspect
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from distill_kernels import autograd
+from distill_kernels import problem as contract
+from distill_kernels.divergences import STUDENT_ENTROPY, resolve
+
+
+def distillation_loss(
+    student_hidden: Tensor,  # (..., D_s)
+    student_weight: Tensor,  # (V, D_s)
+    teacher_hidden: Tensor | None,  # (..., D_t)
+    teacher_weight: Tensor | None,  # (V, D_t)
+    labels: Tensor | None = None,  # (...)
+    *,
+    divergence="forward_kl",
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_weight: Tensor | None = None,  # (...)
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    vocab_mismatch: str = "error",
+    column_fraction: float | None = None,
+    seed: int | None = None,
+    sweep: str | None = None,
+    backend: str = "auto",
+    workspace_mib: int = 64,
+    process_group=None,
+) -> Tensor:
+    """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
+
+    With logits z = softcap(logit_scale · (hidden · weightᵀ + bias)), softcap(a) = cap·tanh(a/cap), p the teacher's and q the student's
+    softmax of z / temperature, the loss of a token is
+
+        kd_weight · temperature² · D(p‖q)  +  ce_weight · CE(z, label)  +  z_loss_weight · logsumexp(z)²
+
+    after Hinton, Vinyals and Dean (2015), the last term after de Brébisson and Vincent (2016). Neither model's logits are ever held for
+    more than a chunk of tokens, in float32 whatever the inputs' dtype. Gradients go to student_hidden, student_weight and
+    student_bias, where they require grad; they are computed together with the loss. There are no second derivatives.
+
+    Arguments
+        student_hidden (..., D_s), student_weight (V, D_s): states after the final norm, and the LM head; float32, bfloat16, float16
+            or float64, alike. Under torch.autocast they are cast as a linear layer's would be.
+        teacher_hidden (..., D_t), teacher_weight (V, D_t): the same of the teacher, which must not require grad; None for both if
+            kd_weight is 0.
+        labels (...) int64: next tokens, already shifted. Required if ce_weight > 0, otherwise they only mask. Checked on CPU.
+        divergence: a name, or for instance distill_kernels.divergences.jensen_shannon(beta=0.1).
+        temperature: softens both distributions of the divergence; cross entropy and z-loss are not tempered.
+        temperature_squared: multiply the divergence, value and gradient, by temperature².
+        label_smoothing: of the cross entropy, as in torch.nn.functional.cross_entropy.
+        student_bias, teacher_bias (V,); *_logit_scale; *_softcap: as in the formula.
+        token_weight (...) float: multiplies each token's loss; it does not enter the normaliser.
+        ignore_index: tokens with this label are left out of everything and cost nothing; so do tokens of weight 0.
+        num_items: replaces the number of valid tokens as the normaliser of "mean", for gradient accumulation; int or 0-d tensor.
+        reduction: "mean" over valid tokens, "sum", or "none": (...) per token, differentiable, at 4S + 2T instead of 3S + 1T.
+        vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
+        column_fraction, seed, sweep, process_group: not available yet, NotImplementedError.
+        backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
+        workspace_mib: memory for logits and all else but gradients. Larger is faster where heads are large.
+
+    Returns
+        float32 (float64 for float64 inputs), () or (...). If every token is masked: 0, attached to the graph, with zero gradients.
+
+    Raises
+        TypeError, ValueError: naming the argument, what was got and what was wanted. NotImplementedError: what no backend can run.
+
+    Example
+        >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)
+        >>> loss = distillation_loss(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96), temperature=2.0)
+        >>> loss.backward()
+    """
+    loss, _, _ = _distillation_loss(**locals(), stats=False)
+    return loss
+
+
+@dataclass(frozen=True)
+class DistillationStats:
+    """Detached diagnostics of every token, (...) each, 0 where a token is masked; float32 but for `valid`."""
+
+    divergence: Tensor  # D(p‖q) in nats, without temperature² or weights
+    cross_entropy: Tensor  # −log q_label of the untempered student, not smoothed; 0 without labels
+    student_entropy: Tensor  # of the tempered distribution, in nats
+    teacher_entropy: Tensor
+    top1_agreement: Tensor  # 1 where both models have the same most probable token
+    tail_mass: Tensor  # student's probability on tokens to which the teacher gives less than 1e-4
+    valid: Tensor  # bool: not masked, and of non-zero weight
+
+    def mean(self) -> dict[str, Tensor]:
+        """Means over valid tokens, 0-d tensors."""
+        count = self.valid.sum().clamp(min=1)
+        return {f.name: getattr(self, f.name).sum() / count for f in fields(self) if f.name != "valid"}
+
+
+def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationStats]:
+    """`distillation_loss` with the same arguments, and per-token diagnostics from the same pass.
+
+    Example
+        >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)
+        >>> loss, stats = distillation_loss_and_stats(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96))
+        >>> agreement = stats.mean()["top1_agreement"]
+    """
+    call = SIGNATURE.bind(*args, **options)
+    call.apply_defaults()
+    loss, stats, valid = _distillation_loss(**call.arguments, stats=True)
+    return loss, DistillationStats(*stats.unbind(-1), valid=valid)
+
+
+SIGNATURE = inspect.signature(distillation_loss)
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` as a module: options at construction, tensors at the call.
+
+    Example
+        >>> loss_fn = DistillationLoss(divergence="reverse_kl", temperature=2.0)
+        >>> loss = loss_fn(torch.randn(8, 64), torch.randn(1000, 64), torch.randn(8, 96), torch.randn(1000, 96))
+    """
+
+    # What belongs to a batch is passed to forward.
+    PER_CALL = ("student_bias", "teacher_bias", "token_weight", "num_items")
+
+    def __init__(self, **options):
+        super().__init__()
+        allowed = [p.name for p in SIGNATURE.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in self.PER_CALL]
+        unknown = sorted(set(options) - set(allowed))
+        if unknown:
+            raise TypeError(f"DistillationLoss has no option {', '.join(unknown)}; its options are {', '.join(allowed)}")
+        self.options = options
+        defaults = {name: SIGNATURE.parameters[name].default for name in allowed}
+        _check_options({**defaults, **options})
+
+    def forward(self, student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, **per_call) -> Tensor:
+        """per_call: student_bias, teacher_bias, token_weight, num_items; see `distillation_loss`."""
+        unknown = sorted(set(per_call) - set(self.PER_CALL))
+        if unknown:
+            raise TypeError(f"DistillationLoss takes {', '.join(self.PER_CALL)} at the call, not {', '.join(unknown)}")
+        return distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **self.options, **per_call)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def token_logprobs(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    token_ids: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    workspace_mib: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
+
+    q = softmax(softcap(logit_scale · (hidden · weightᵀ + bias)) / temperature); returns (log q_id (...), −Σ q·log q (...)) in nats,
+    float32. Costs 1S forward and 3S backward. Arguments and errors as in `distillation_loss`; positions whose id is `ignore_index`
+    give 0 and cost nothing.
+
+    Example
+        >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)
+        >>> logprobs, entropies = token_logprobs(hidden, head, torch.randint(1000, (2, 8)))
+        >>> (-logprobs - 0.01 * entropies).mean().backward()
+    """
+    contract.finite_number("temperature", temperature, above=0)
+    contract.finite_number("logit_scale", logit_scale)
+    contract.finite_number("softcap", softcap, above=0, optional=True)
+    contract.check_head("student", hidden, weight, bias)
+    contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
+    contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
+    valid = token_ids != ignore_index
+    coefficients = _per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
+    tensors = _flat(hidden, weight, bias, None, None, None, torch.where(valid, token_ids, -1), coefficients)
+    problem = _problem(
+        tensors,
+        divergence=STUDENT_ENTROPY,
+        cross_entropy=True,
+        z_loss=False,
+        # z / temperature, for cap/τ · tanh((scale/τ)·a / (cap/τ)) = softcap(scale·a) / τ.
+        student_logit_scale=logit_scale / temperature,
+        student_softcap=None if softcap is None else softcap / temperature,
+        compact=True,
+        workspace_mib=workspace_mib,
+    )
+    _, terms, _ = autograd.run(problem, tensors, backend=backend, deferred=True)
+    return -terms[:, 1].view(token_ids.shape), terms[:, 0].view(token_ids.shape)
+
+
+def _check_options(options):
+    resolve(options["divergence"])
+    if not isinstance(options["temperature_squared"], bool):
+        raise TypeError(f"temperature_squared must be True or False, got {options['temperature_squared']!r}")
+    if not isinstance(options["backend"], str):
+        raise TypeError(f"backend must be a name, got {type(options['backend']).__name__}")
+    names = inspect.signature(contract.check_options).parameters
+    contract.check_options(**{name: options[name] for name in names})
+
+
+def _distillation_loss(
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, student_bias, teacher_bias, token_weight, num_items, stats,
+    **options,
+):  # fmt: skip
+    """(loss, stats (..., 6), valid (...)): validated, reduced, everything `distillation_loss` documents."""
+    _check_options(options)
+    tokens = _check_tensors(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
+    )
+    kd, ce, z_loss = (options[name] for name in ("kd_weight", "ce_weight", "z_loss_weight"))
+    if teacher_weight is not None and student_weight.shape[0] != teacher_weight.shape[0]:
+        shared = contract.shared_vocabulary(student_weight, teacher_weight, options["vocab_mismatch"])
+        student_weight, teacher_weight = student_weight[:shared], teacher_weight[:shared]
+        student_bias, teacher_bias = (None if bias is None else bias[:shared] for bias in (student_bias, teacher_bias))
+
+    valid = torch.ones(tokens, dtype=torch.bool, device=student_hidden.device)
+    if labels is not None:
+        valid = labels != options["ignore_index"]
+        labels = torch.where(valid, labels, -1)
+    factor = valid.to(torch.float64 if student_hidden.dtype is torch.float64 else torch.float32)
+    if token_weight is not None:
+        factor = factor * token_weight
+    if options["reduction"] == "mean":
+        factor = factor / (valid.sum().clamp(min=1) if num_items is None else num_items)
+    if options["temperature_squared"]:
+        kd = kd * options["temperature"] ** 2
+    coefficients = _per_term(factor.reshape(-1), kd, ce, z_loss)
+
+    has_teacher = kd != 0
+    tensors = _flat(
+        student_hidden, student_weight, student_bias,
+        *((teacher_hidden, teacher_weight, teacher_bias) if has_teacher else (None, None, None)), labels, coefficients,
+    )  # fmt: skip
+    problem = _problem(
+        tensors,
+        divergence=resolve(options["divergence"]) if has_teacher else None,
+        cross_entropy=labels is not None and (ce != 0 or stats),
+        z_loss=z_loss != 0,
+        stats=stats,
+        compact=labels is not None or token_weight is not None,
+        **{
+            name: options[name]
+            for name in (
+                "temperature", "label_smoothing", "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap",
+                "workspace_mib",
+            )
+        },
+    )  # fmt: skip
+    deferred = options["reduction"] == "none"
+    loss, terms, per_token = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
+    if deferred:
+        loss = (coefficients * terms).sum(-1).view(tokens)
+    return loss, per_token.view(*tokens, -1) if stats else None, valid & (factor != 0)
+
+
+def _check_tensors(
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
+):
+    """Shape of the tokens, (...), after every check of the tensors against each other."""
+    contract.check_head("student", student_hidden, student_weight, student_bias)
+    tokens = student_hidden.shape[:-1]
+    if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None and options["kd_weight"] != 0):
+        raise TypeError("teacher_hidden and teacher_weight must be tensors, or both None with kd_weight=0")
+    if teacher_hidden is not None:
+        contract.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        if teacher_hidden.shape[:-1] != tokens:
+            raise ValueError(
+                f"student_hidden has tokens of shape {tuple(tokens)} but teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
+                "both models must have read the same tokens"
+            )
+        contract.shared_vocabulary(student_weight, teacher_weight, options["vocab_mismatch"])
+        contract.check_teacher({"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias})
+    if labels is not None:
+        contract.check_tokens("labels", labels, tokens, (torch.int64,), "int64")
+    elif options["ce_weight"] != 0:
+        raise ValueError("ce_weight is not 0 but labels is None; pass labels (...) int64, already shifted, or ce_weight=0")
+    if token_weight is not None:
+        contract.check_tokens("token_weight", token_weight, tokens, contract.DTYPES, "a floating-point tensor")
+        if token_weight.requires_grad:
+            raise ValueError('token_weight gets no gradient; detach it, or use reduction="none" and multiply')
+    if num_items is not None:
+        if isinstance(num_items, Tensor):
+            if num_items.dim() != 0:
+                raise ValueError(f"num_items must be an int or a 0-d tensor, got a tensor of shape {tuple(num_items.shape)}")
+        else:
+            contract.finite_number("num_items", num_items, above=0)
+        if options["reduction"] != "mean":
+            raise ValueError(f'num_items is the normaliser of reduction="mean", but reduction is {options["reduction"]!r}')
+    contract.check_devices(
+        {
+            "student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias,
+            "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
+            "labels": labels, "token_weight": token_weight, "num_items": num_items if isinstance(num_items, Tensor) else None,
+        }
+    )  # fmt: skip
+    return tokens
+
+
+def _per_term(factor, kd, ce, z_loss):
+    """(N, 3): a token's factor times the weight of each of problem.TERMS."""
+    return torch.stack((factor * kd, factor * ce, factor * z_loss), -1)
+
+
+def _flat(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficients):
+    """One row for each token, in autocast's dtype where that is on."""
+    device = student_hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def cast(tensor):
+        return tensor if tensor is None or dtype is None or tensor.dtype is torch.float64 else tensor.to(dtype)
+
+    def rows(tensor):
+        return None if tensor is None else cast(tensor).reshape(-1, tensor.shape[-1])
+
+    compute = (
+        torch.float64
+        if torch.float64 in (student_hidden.dtype, None if teacher_hidden is None else teacher_hidden.dtype)
+        else torch.float32
+    )
+    return contract.Tensors(
+        rows(student_hidden), cast(student_weight), cast(student_bias), rows(teacher_hidden), cast(teacher_weight), cast(teacher_bias),
+        None if labels is None else labels.reshape(-1), coefficients.to(compute),
+    )  # fmt: skip
+
+
+def _problem(tensors, **options) -> contract.Problem:
+    """The problem of these tensors; gradients are computed for what asks for them now."""
+    student, teacher = tensors.student_hidden, tensors.teacher_hidden
+
+    def asks(tensor):
+        return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+    return contract.Problem(
+        tokens=student.shape[0],
+        vocabulary=tensors.student_weight.shape[0],
+        student_dim=student.shape[1],
+        teacher_dim=0 if teacher is None else teacher.shape[1],
+        student_dtype=student.dtype,
+        teacher_dtype=student.dtype if teacher is None else teacher.dtype,
+        device=student.device,
+        d_hidden=asks(student),
+        d_weight=asks(tensors.student_weight),
+        d_bias=asks(tensors.student_bias),
+        **options,
+    )
