@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/row_kernel.h"
+#include "cpu/chunk.h"
 #include "generated/divergence_list.h"
 #include "params.h"
 
@@ -16,70 +16,86 @@ namespace dk = distill_kernels;
 namespace {
 
 template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+T* pointer(py::handle address) {
+  return reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+dk::Matrix matrix(const py::tuple& from) {
+  return {pointer<const void>(from[0]), static_cast<dk::Element>(from[1].cast<int>()), from[2].cast<int64_t>()};
+}
+
+dk::Model model(const py::dict& from) {
+  return {matrix(from["hidden"]),        matrix(from["weight"]),        pointer<const float>(from["bias"]), from["dim"].cast<int64_t>(),
+          from["scale"].cast<float>(), from["softcap"].cast<float>(), pointer<float>(from["logits"])};
+}
+
+dk::ChunkParams params(const py::dict& from) {
+  dk::ChunkParams p{};
+  p.tokens = from["tokens"].cast<int64_t>();
+  p.stride = from["stride"].cast<int64_t>();
+  p.vocabulary = from["vocabulary"].cast<int64_t>();
+  p.student = model(from["student"]);
+  p.teacher = model(from["teacher"]);
+  p.labels = pointer<const int64_t>(from["labels"]);
+  p.coefficients = pointer<const float>(from["coefficients"]);
+  p.terms = pointer<float>(from["terms"]);
+  p.stats = pointer<float>(from["stats"]);
+  p.d_hidden = pointer<float>(from["d_hidden"]);
+  p.d_weight = pointer<float>(from["d_weight"]);
+  p.d_bias = pointer<float>(from["d_bias"]);
+  p.first = from["first"].cast<bool>();
+  p.divergence = from["divergence"].cast<int>();
+  const auto parameters = from["parameters"].cast<std::vector<float>>();
+  for (size_t i = 0; i < parameters.size() && i < dk::kMaxParameters; ++i) p.parameters[i] = parameters[i];
+  p.temperature = from["temperature"].cast<float>();
+  p.label_smoothing = from["label_smoothing"].cast<float>();
+  p.log_probability_floor = from["log_probability_floor"].cast<float>();
+  p.tail_log_probability = from["tail_log_probability"].cast<float>();
+  p.untempered = from["untempered"].cast<bool>();
+  return p;
 }
 
 const char* name_or_null(const std::string& name) { return name.empty() ? nullptr : name.c_str(); }
 
-void unknown_instruction_set(const std::string& name) {
+[[noreturn]] void unknown_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not available here");
+}
+
+void run_chunk(const py::dict& from, uintptr_t scratch, int threads, const std::string& instruction_set) {
+  const dk::ChunkParams p = params(from);
+  bool ran;
+  {
+    py::gil_scoped_release unlocked;
+    ran = dk::run_chunk(p, threads, reinterpret_cast<float*>(scratch), name_or_null(instruction_set));
+  }
+  if (!ran) unknown_instruction_set(instruction_set);
+}
+
+int64_t chunk_scratch_floats(const py::dict& from, int threads, const std::string& instruction_set) {
+  const int64_t floats = dk::chunk_scratch_floats(params(from), threads, name_or_null(instruction_set));
+  if (floats < 0) unknown_instruction_set(instruction_set);
+  return floats;
+}
+
+void math_function(char which, uintptr_t in, uintptr_t out, int64_t count, const std::string& instruction_set) {
+  if (!dk::run_math_function(which, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count, name_or_null(instruction_set)))
+    unknown_instruction_set(instruction_set);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* const* name = dk::available_instruction_sets(); *name != nullptr; ++name) names.push_back(*name);
+  return names;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of distill_kernels; called by distill_kernels.backends.native.";
-
-  m.def("row_kernel",
-        [](int64_t tokens, int64_t stride, int64_t vocabulary, uintptr_t student, uintptr_t student_bias, float student_scale, float student_softcap,
-           uintptr_t teacher, uintptr_t teacher_bias, float teacher_scale, float teacher_softcap, uintptr_t labels, uintptr_t coefficients,
-           uintptr_t terms, uintptr_t stats, int divergence, const std::vector<float>& parameters, float temperature, float label_smoothing,
-           float log_probability_floor, float tail_log_probability, bool untempered, bool gradient, int threads, const std::string& instruction_set) {
-          dk::RowParams p{};
-          p.tokens = tokens;
-          p.stride = stride;
-          p.vocabulary = vocabulary;
-          p.student = {pointer<float>(student), pointer<const float>(student_bias), student_scale, student_softcap};
-          p.teacher = {pointer<float>(teacher), pointer<const float>(teacher_bias), teacher_scale, teacher_softcap};
-          p.labels = pointer<const int64_t>(labels);
-          p.coefficients = pointer<const float>(coefficients);
-          p.terms = pointer<float>(terms);
-          p.stats = pointer<float>(stats);
-          p.divergence = divergence;
-          for (size_t i = 0; i < parameters.size() && i < dk::kMaxParameters; ++i) p.parameters[i] = parameters[i];
-          p.temperature = temperature;
-          p.label_smoothing = label_smoothing;
-          p.log_probability_floor = log_probability_floor;
-          p.tail_log_probability = tail_log_probability;
-          p.untempered = untempered;
-          p.gradient = gradient;
-          bool ran;
-          {
-            py::gil_scoped_release unlocked;
-            ran = dk::run_row_kernel(p, threads, name_or_null(instruction_set));
-          }
-          if (!ran) unknown_instruction_set(instruction_set);
-        },
-        py::kw_only(), py::arg("tokens"), py::arg("stride"), py::arg("vocabulary"), py::arg("student"), py::arg("student_bias"),
-        py::arg("student_scale"), py::arg("student_softcap"), py::arg("teacher"), py::arg("teacher_bias"), py::arg("teacher_scale"),
-        py::arg("teacher_softcap"), py::arg("labels"), py::arg("coefficients"), py::arg("terms"), py::arg("stats"), py::arg("divergence"),
-        py::arg("parameters"), py::arg("temperature"), py::arg("label_smoothing"), py::arg("log_probability_floor"),
-        py::arg("tail_log_probability"), py::arg("untempered"), py::arg("gradient"), py::arg("threads"), py::arg("instruction_set"));
-
-  m.def("math_function",
-        [](char which, uintptr_t in, uintptr_t out, int64_t count, const std::string& instruction_set) {
-          if (!dk::run_math_function(which, pointer<const float>(in), pointer<float>(out), count, name_or_null(instruction_set)))
-            unknown_instruction_set(instruction_set);
-        },
-        py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
-
-  m.def("instruction_sets", [] {
-    std::vector<std::string> names;
-    for (const char* const* name = dk::available_instruction_sets(); *name != nullptr; ++name) names.push_back(*name);
-    return names;
-  });
-
+  m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"));
+  m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));
+  m.def("math_function", &math_function, py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
+  m.def("instruction_sets", &instruction_sets);
 #define DK_NAME(name) #name,
   m.attr("divergences") = std::vector<std::string>{DK_FOR_EACH_DIVERGENCE(DK_NAME)};
 #undef DK_NAME

@@ -8,37 +8,52 @@ namespace distill_kernels {
 constexpr int kTerms = 3;  // divergence, cross entropy, squared log-sum-exp
 constexpr int kStats = 6;  // divergence, cross entropy, student entropy, teacher entropy, top-1 agreement, tail mass
 constexpr int kMaxParameters = 2;
+constexpr int64_t kTokenAlignment = 16;  // one AVX-512 vector of float
 
-// One model's logits of a chunk of tokens. They arrive as the bare product hidden · weightᵀ and mean
-// softcap(scale · (product + bias)), softcap(a) = cap · tanh(a / cap).
-struct Logits {
-  float* data;        // (vocabulary, stride): the tokens of one vocabulary entry are contiguous
-  const float* bias;  // (vocabulary), or null
-  float scale;
-  float softcap;  // 0: none
+enum class Element : int { kFloat32, kBfloat16, kFloat16 };
+
+// A row-major matrix of the caller's; elements of a row are neighbours.
+struct Matrix {
+  const void* data;
+  Element element;
+  int64_t stride;  // elements from one row to the next
 };
 
-// The row kernel's whole job: per-token terms of the loss, and the gradient of Σ coefficients · terms over `student.data`.
-struct RowParams {
+// One model. Its logits are softcap(scale · (hidden · weightᵀ + bias)), softcap(a) = cap · tanh(a / cap).
+struct Model {
+  Matrix hidden;      // (tokens, dim)
+  Matrix weight;      // (vocabulary, dim); data null: there is no such model
+  const float* bias;  // (vocabulary), or null
+  int64_t dim;
+  float scale;
+  float softcap;  // 0: none
+  float* logits;  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours
+};
+
+// All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for.
+struct ChunkParams {
   int64_t tokens;
-  int64_t stride;  // at least `tokens`, a multiple of kTokenAlignment; lanes beyond `tokens` hold anything finite
+  int64_t stride;  // at least `tokens`, a multiple of kTokenAlignment
   int64_t vocabulary;
-  Logits student;  // data: logits on entry, d loss / d product on return if `gradient`
-  Logits teacher;  // data null: there is no teacher; overwritten as scratch
+  Model student;
+  Model teacher;
   const int64_t* labels;      // (tokens), negative: none; null: no labels at all
   const float* coefficients;  // (tokens, kTerms)
   float* terms;               // (tokens, kTerms), written
   float* stats;               // (tokens, kStats), written; null: not wanted
-  int divergence;             // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term
+  float* d_hidden;            // (tokens, student dim), written; null: not wanted
+  float* d_weight;            // (vocabulary, student dim), written if `first`, else added to; null: not wanted
+  float* d_bias;              // (vocabulary), likewise
+  bool first;
+  int divergence;  // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term
   float parameters[kMaxParameters];
   float temperature;
   float label_smoothing;
   float log_probability_floor;
   float tail_log_probability;
   bool untempered;  // the cross-entropy or squared log-sum-exp term is wanted
-  bool gradient;
-};
 
-constexpr int64_t kTokenAlignment = 16;  // one AVX-512 vector of float
+  bool gradient() const { return d_hidden != nullptr || d_weight != nullptr || d_bias != nullptr; }
+};
 
 }  // namespace distill_kernels

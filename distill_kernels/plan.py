@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from distill_kernels.problem import Problem
 
 MIB = 2**20
-PANEL_MIB = 4  # of a 16-bit head, widened to float32 at a time: stays in a core's share of L3 between widening and product
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a backend lays out its work, as far as the plan depends on it."""
+    """What a backend's kernel holds beside the logits of its chunk."""
 
-    token_alignment: int = 1  # a chunk's rows are allocated in multiples of this
-    row_buffers: int = 0  # float32 (tokens, V) temporaries beside the logits, held for `Plan.row_tokens` tokens at a time
-    widens: bool = True  # 16-bit operands go through float32 panels
+    token_alignment: int = 1  # chunks are allocated in multiples of this
+    token_bytes: int = 0  # for each token of a chunk
+    fixed_bytes: int = 0
+    row_bytes: int = 0  # temporaries for each of `Plan.row_tokens` tokens; 0: the kernel has none
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Plan:
     chunk_tokens: int  # tokens whose logits are held at a time
     chunks: int  # when no token is masked
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
-    panel_rows: int  # rows of a 16-bit head that are widened at a time; 0: none
     workspace_bytes: int
     gradient_bytes: int  # accumulators of the gradients, in the compute dtype
     cast_bytes: int  # the gradients once more in the inputs' dtype, where that is another
@@ -43,10 +42,9 @@ class Plan:
         def mib(count):
             return f"{count / MIB:,.1f} MiB"
 
-        panel = f", {self.panel_rows:,} rows of a 16-bit head widened at a time" if self.panel_rows else ""
         return "\n".join(
             [
-                f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens{panel}",
+                f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens",
                 f"workspace   {mib(self.workspace_bytes)}",
                 f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
                 f"peak        {mib(self.peak_bytes)} above the inputs",
@@ -59,24 +57,12 @@ class Plan:
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
-    models = [(problem.student_dim, problem.student_dtype)]
-    if problem.teacher_dim:
-        models.append((problem.teacher_dim, problem.teacher_dtype))
     budget = problem.workspace_mib * MIB
-
-    panel_rows = panel_bytes = 0
-    narrow = [dim for dim, dtype in models if dtype.itemsize < element]
-    if schedule.widens and narrow:
-        panel_rows = max(1, min(problem.vocabulary, min(PANEL_MIB * MIB, budget // 8) // (max(narrow) * element)))
-        panel_bytes = panel_rows * max(narrow) * element
-
-    # Each token: its logits, and float32 copies of its hidden states and of its d_hidden.
-    row_bytes = problem.vocabulary * element
-    token_bytes = len(models) * row_bytes + (2 * problem.student_dim + problem.teacher_dim) * element
-    row_tokens = 0
-    if schedule.row_buffers:
-        row_tokens = max(1, budget // 4 // (schedule.row_buffers * row_bytes))
-    left = budget - panel_bytes - row_tokens * schedule.row_buffers * row_bytes
+    logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1)
+    token_bytes = logits_bytes + schedule.token_bytes
+    # A quarter of the workspace for the row kernel's temporaries, but at least one token's.
+    row_tokens = max(1, budget // 4 // schedule.row_bytes) if schedule.row_bytes else 0
+    left = budget - schedule.fixed_bytes - row_tokens * schedule.row_bytes
     alignment = schedule.token_alignment
     most = left // token_bytes // alignment * alignment
     if most < 1:
@@ -101,11 +87,10 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         chunk_tokens=chunk_tokens,
         chunks=max(1, -(-problem.tokens // chunk_tokens)),
         row_tokens=row_tokens,
-        panel_rows=panel_rows,
-        workspace_bytes=chunk_tokens * token_bytes + panel_bytes + row_tokens * schedule.row_buffers * row_bytes,
+        workspace_bytes=chunk_tokens * token_bytes + schedule.fixed_bytes + row_tokens * schedule.row_bytes,
         gradient_bytes=gradient_values * element,
         cast_bytes=gradient_values * problem.student_dtype.itemsize if problem.student_dtype.itemsize < element else 0,
-        eager_bytes=eager_buffers * problem.tokens * row_bytes,
+        eager_bytes=eager_buffers * problem.tokens * problem.vocabulary * element,
         forward_flops=product * (problem.student_dim + problem.teacher_dim),
         backward_flops=product * problem.student_dim * (problem.d_hidden + problem.d_weight),
     )

@@ -26,20 +26,22 @@ GompParallel find_openmp() {
 
 struct Region {
   std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
   int64_t count;
-  void (*task)(void*, int64_t);
+  Task task;
   void* context;
 
-  // Tasks are handed out one by one. Which thread runs a task never changes its result, so results do not depend on `threads`.
+  // Tasks are handed out one by one. Which thread runs a task never changes its result, so results do not depend on the timing.
   static void work(void* self) {
     Region& region = *static_cast<Region*>(self);
-    for (int64_t i; (i = region.next.fetch_add(1)) < region.count;) region.task(region.context, i);
+    const int worker = region.workers.fetch_add(1);
+    for (int64_t i; (i = region.next.fetch_add(1)) < region.count;) region.task(region.context, i, worker);
   }
 };
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+void parallel_for(int64_t count, int threads, Task task, void* context) {
   Region region;
   region.count = count;
   region.task = task;

@@ -5,17 +5,36 @@
 typedef float Vector __attribute__((vector_size(4 * DK_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * DK_LANES)));  // also what comparing two Vectors gives: 0 or −1
 
-DK_INLINE Vector broadcast(float x) { return Vector{} + x; }
+DK_INLINE Vector broadcast(float x) { return x - Vector{}; }  // x − 0 is x, which the compiler knows; x + 0 is not, for −0
 DK_INLINE Vector load(const float* from) {
   Vector v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
 DK_INLINE void store(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
+typedef uint16_t Halves __attribute__((vector_size(2 * DK_LANES)));
+DK_INLINE Halves load_halves(const uint16_t* from) {
+  Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
 DK_INLINE Vector as_float(Integers v) { return reinterpret_cast<Vector>(v); }
 DK_INLINE Integers as_bits(Vector v) { return reinterpret_cast<Integers>(v); }
 
 DK_INLINE Vector select(Integers mask, Vector a, Vector b) { return mask ? a : b; }
+static DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+DK_INLINE Vector from_bfloat16(Halves h) { return as_float(__builtin_convertvector(h, Integers) << 16); }
+// Exponent and mantissa moved to their places are off by 2⁻¹¹² in value, subnormals included; infinity and NaN keep all exponent bits.
+DK_INLINE Vector from_float16(Halves h) {
+  const Integers bits = __builtin_convertvector(h, Integers);
+  const Integers magnitude = (bits & 0x7fff) << 13;
+  const Vector finite = as_float(magnitude) * 0x1p112f;
+  const Integers value = (bits & 0x7fff) >= 0x7c00 ? magnitude | 0x7f800000 : as_bits(finite);
+  return as_float(value | ((bits & 0x8000) << 16));
+}
+
 // Where one argument is NaN these give the second, as the x86 instructions do: put the constant first and a NaN passes.
 DK_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 DK_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }

@@ -1,7 +1,7 @@
-"""The native backend: the chunked schedule on CPU with the row kernel compiled from csrc/cpu.
+"""The native backend: the chunked schedule on CPU, a chunk's products and everything between them compiled from csrc/cpu.
 
-Logits are kept vocabulary-major, so that a vector register holds one vocabulary entry of sixteen tokens; see
-csrc/cpu/row_kernel.inc. The extension runs on the widest instruction set of the processor at hand, on torch's threads.
+The kernels multiply straight from the heads as they lie in memory, float32 or 16-bit, and accumulate in float32; csrc/cpu/chunk.inc
+says how. They run on the widest instruction set of the processor at hand, and on torch's threads.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 
 from distill_kernels import chunked
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
-from distill_kernels.plan import Plan, Schedule, make_plan
+from distill_kernels.plan import Schedule, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
 
 try:
@@ -20,6 +20,9 @@ except ImportError as error:
 
 # "" lets the extension choose; a name of instruction_sets() forces that one, for tests and benchmarks.
 INSTRUCTION_SET = ""
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
+NO_MATRIX = (0, 0, 0)
+MOST_VOCABULARY = 2**31 - 1  # vocabulary entries are 32-bit in vector registers
 
 
 def instruction_sets() -> list[str]:
@@ -34,50 +37,103 @@ def why_not(problem: Problem) -> str | None:
         return f"it runs on CPU tensors, these are on {problem.device}"
     if problem.compute_dtype is not torch.float32:
         return "it computes in float32, and float64 inputs want float64"
+    if problem.vocabulary > MOST_VOCABULARY:
+        return f"its vocabularies have at most {MOST_VOCABULARY} entries"
     if problem.divergence is not None and problem.divergence.name not in _native.divergences:
         return f"it has the built-in divergences compiled in ({', '.join(BUILT_IN)}), and {problem.divergence.name} is not one of them"
     return None
 
 
 def schedule(problem: Problem) -> Schedule:
-    return Schedule(token_alignment=_native.token_alignment)
+    """The kernel's own count of its scratch, which is a constant and a share for each token, and the chunk's gathered rows."""
+    alignment = _native.token_alignment
+
+    def scratch(tokens):
+        sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem)}
+        return 4 * _native.chunk_scratch_floats(sizes, torch.get_num_threads(), INSTRUCTION_SET)
+
+    share = (scratch(2 * alignment) - scratch(alignment)) // alignment
+    gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
+    return Schedule(token_alignment=alignment, token_bytes=share + gathered, fixed_bytes=scratch(alignment) - alignment * share)
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
-    plan = make_plan(problem, schedule(problem))
-    return chunked.run(problem, tensors, plan, row_kernel, token_stride=plan.chunk_tokens)
+    needs = schedule(problem)
+    plan = make_plan(problem, needs)
+    stride, threads = plan.chunk_tokens, torch.get_num_threads()
+    logits = [torch.empty(problem.vocabulary, stride) for _ in range(2 if problem.teacher_dim else 1)]
+    biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
+    weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
+    scratch = torch.empty((needs.fixed_bytes + stride * needs.token_bytes) // 4)
+    common = _nothing(problem)
+
+    def kernel(chunk: chunked.Chunk):
+        hidden = [None if h is None else _by_rows(h) for h in (chunk.student_hidden, chunk.teacher_hidden)]
+        arguments = {
+            **common,
+            "tokens": hidden[0].shape[0],
+            "stride": stride,
+            "student": common["student"]
+            | {"hidden": _matrix(hidden[0]), "weight": _matrix(weights[0]), "bias": _address(biases[0]), "logits": _address(logits[0])},
+            "labels": _address(chunk.labels) if problem.cross_entropy else 0,
+            "coefficients": _address(chunk.coefficients),
+            "terms": _address(chunk.terms),
+            "stats": _address(chunk.stats),
+            "d_hidden": _address(chunk.d_hidden),
+            "d_weight": _address(chunk.d_weight),
+            "d_bias": _address(chunk.d_bias),
+            "first": chunk.first,
+        }
+        if problem.teacher_dim:
+            arguments["teacher"] = common["teacher"] | {
+                "hidden": _matrix(hidden[1]),
+                "weight": _matrix(weights[1]),
+                "bias": _address(biases[1]),
+                "logits": _address(logits[1]),
+            }
+        _native.run_chunk(arguments, scratch.data_ptr(), threads, INSTRUCTION_SET)
+
+    return chunked.run(problem, tensors, plan, kernel)
 
 
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def row_kernel(problem: Problem, plan: Plan, rows: chunked.Rows):
+def _nothing(problem: Problem) -> dict:
+    """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be."""
     divergence = problem.divergence
-    _native.row_kernel(
-        tokens=rows.terms.shape[0],
-        stride=plan.chunk_tokens,
-        vocabulary=problem.vocabulary,
-        student=_address(rows.student_logits),
-        student_bias=_address(rows.student_bias),
-        student_scale=problem.student_logit_scale,
-        student_softcap=problem.student_softcap or 0.0,
-        teacher=_address(rows.teacher_logits),
-        teacher_bias=_address(rows.teacher_bias),
-        teacher_scale=problem.teacher_logit_scale,
-        teacher_softcap=problem.teacher_softcap or 0.0,
-        labels=_address(rows.labels) if problem.cross_entropy else 0,
-        coefficients=_address(rows.coefficients),
-        terms=_address(rows.terms),
-        stats=_address(rows.stats),
-        divergence=-1 if divergence is None else _native.divergences.index(divergence.name),
-        parameters=() if divergence is None else divergence.parameters,
-        temperature=problem.temperature,
-        label_smoothing=problem.label_smoothing,
-        log_probability_floor=LOG_PROBABILITY_FLOOR,
-        tail_log_probability=math.log(TAIL_PROBABILITY),
-        untempered=problem.cross_entropy or problem.z_loss,
-        gradient=problem.gradient,
-        threads=torch.get_num_threads(),
-        instruction_set=INSTRUCTION_SET,
-    )
+
+    def model(dim, scale, softcap):
+        weight = (1, 0, dim) if dim else NO_MATRIX
+        return {"hidden": NO_MATRIX, "weight": weight, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": 0}
+
+    return {
+        "vocabulary": problem.vocabulary,
+        "student": model(problem.student_dim, problem.student_logit_scale, problem.student_softcap),
+        "teacher": model(problem.teacher_dim, problem.teacher_logit_scale, problem.teacher_softcap),
+        "labels": 0,
+        "coefficients": 0,
+        "terms": 0,
+        "stats": 0,
+        "d_hidden": int(problem.d_hidden),
+        "d_weight": int(problem.d_weight),
+        "d_bias": int(problem.d_bias),
+        "first": True,
+        "divergence": -1 if divergence is None else _native.divergences.index(divergence.name),
+        "parameters": () if divergence is None else divergence.parameters,
+        "temperature": problem.temperature,
+        "label_smoothing": problem.label_smoothing,
+        "log_probability_floor": LOG_PROBABILITY_FLOOR,
+        "tail_log_probability": math.log(TAIL_PROBABILITY),
+        "untempered": problem.cross_entropy or problem.z_loss,
+    }
+
+
+def _by_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with the elements of a row side by side; a copy only if they are not."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _matrix(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), ELEMENTS[tensor.dtype], tensor.stride(0)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

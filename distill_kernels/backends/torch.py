@@ -1,8 +1,10 @@
-"""The torch backend: the chunked schedule with a row kernel of torch operations. Any device torch has, no compiler.
+"""The torch backend: the chunked schedule in torch operations. Any device torch has, no compiler.
 
-The readable version of what the compiled kernels do; see `chunked.Rows` for the arguments. Temporaries of the row kernel are held
-for `Plan.row_tokens` tokens at a time, so that the workspace stays as planned.
+Products go through the vendor's library, the row kernel between them is the readable version of what compiled kernels do. Its
+temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspace stays as planned.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,7 @@ from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
 ROW_BUFFERS = 12
+PANEL_BYTES = 4 * 2**20  # of a 16-bit head, widened at a time: stays in a core's share of L3 between widening and product
 
 
 def why_not(problem: Problem) -> str | None:
@@ -21,31 +24,132 @@ def why_not(problem: Problem) -> str | None:
 
 
 def schedule(problem: Problem) -> Schedule:
-    return Schedule(row_buffers=ROW_BUFFERS)
+    element = problem.compute_dtype.itemsize
+    row_bytes = problem.vocabulary * element
+    return Schedule(
+        # The chunk's hidden states widened, and its d_hidden.
+        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element,
+        fixed_bytes=_panel_rows(problem) * max(problem.student_dim, problem.teacher_dim) * element,
+        row_bytes=ROW_BUFFERS * row_bytes,
+    )
+
+
+def _panel_rows(problem: Problem) -> int:
+    """Rows of a 16-bit head that are widened at a time; 0 if none need to be."""
+    element = problem.compute_dtype.itemsize
+    narrow = [
+        dim
+        for dim, dtype in ((problem.student_dim, problem.student_dtype), (problem.teacher_dim, problem.teacher_dtype))
+        if dim and dtype.itemsize < element
+    ]
+    if not narrow:
+        return 0
+    budget = min(PANEL_BYTES, problem.workspace_mib * 2**20 // 8)
+    return max(1, min(problem.vocabulary, budget // (max(narrow) * element)))
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
-    return chunked.run(problem, tensors, make_plan(problem, schedule(problem)), row_kernel)
+    plan = make_plan(problem, schedule(problem))
+    dtype, device = problem.compute_dtype, tensors.student_hidden.device
+    products = Products(problem, device)
+    student_space, teacher_space = (
+        torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
+        for wanted in (True, problem.teacher_dim)
+    )
+    biases = [None if bias is None else bias.to(dtype) for bias in (tensors.student_bias, tensors.teacher_bias)]
+
+    def kernel(chunk: chunked.Chunk):
+        count = chunk.student_hidden.shape[0]
+        student_logits, teacher_logits = student_space[:count], None
+        products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
+        if teacher_space is not None:
+            teacher_logits = teacher_space[:count]
+            products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
+        row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, chunk.labels, chunk.coefficients, chunk.terms, chunk.stats))
+        dz = student_logits
+        if chunk.d_hidden is not None:
+            products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
+        if chunk.d_weight is not None:
+            products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
+
+    return chunked.run(problem, tensors, plan, kernel)
 
 
-def row_kernel(problem: Problem, plan: Plan, rows: chunked.Rows):
+class Products:
+    """The three products of a chunk, with 16-bit operands and accumulation in the compute dtype.
+
+    A GPU multiplies 16-bit operands with float32 results. Elsewhere a 16-bit head is widened a panel of rows at a time, for torch
+    would otherwise round the logits to 16 bits, which costs a gradient error of several percent.
+    """
+
+    def __init__(self, problem: Problem, device):
+        self.dtype = problem.compute_dtype
+        self.panel_rows = _panel_rows(problem)
+        self.panel = torch.empty(self.panel_rows * max(problem.student_dim, problem.teacher_dim), dtype=self.dtype, device=device)
+
+    def logits(self, hidden, weight, out):
+        """out (n, V) ← hidden (n, D) · weightᵀ"""
+        if self._mixed(weight):
+            torch.mm(hidden, weight.T, out_dtype=self.dtype, out=out)
+            return
+        wide_hidden = hidden.to(self.dtype)
+        for rows, wide in self._panels(weight):
+            torch.mm(wide_hidden, wide.T, out=out[:, rows])
+
+    def d_hidden(self, dz, weight, out):
+        """out (n, D) ← dz (n, V) · weight"""
+        if self._mixed(weight):
+            torch.mm(dz.to(weight.dtype), weight, out_dtype=self.dtype, out=out)
+            return
+        for i, (rows, wide) in enumerate(self._panels(weight)):
+            torch.addmm(out, dz[:, rows], wide, beta=float(i > 0), out=out)
+
+    def d_weight(self, dz, hidden, out, first):
+        """out (V, D) ← or += dzᵀ · hidden (n, D)"""
+        if self._mixed(hidden):
+            product = torch.mm(dz.to(hidden.dtype).T, hidden, out_dtype=self.dtype)
+            torch.add(0 if first else out, product, out=out)
+            return
+        torch.addmm(out, dz.T, hidden.to(self.dtype), beta=float(not first), out=out)
+
+    def _mixed(self, operand):
+        return operand.is_cuda and operand.dtype.itemsize == 2 and self.dtype is torch.float32
+
+    def _panels(self, weight):
+        """(slice of rows, those rows in the compute dtype)"""
+        if weight.dtype == self.dtype:
+            yield slice(None), weight
+            return
+        for begin in range(0, weight.shape[0], self.panel_rows):
+            rows = weight[begin : begin + self.panel_rows]
+            wide = self.panel[: rows.numel()].view(rows.shape)
+            wide.copy_(rows)
+            yield slice(begin, begin + rows.shape[0]), wide
+
+
+class Rows(NamedTuple):
+    """What the row kernel works on: n tokens of one chunk."""
+
+    student_logits: torch.Tensor  # (n, V) bare products on entry, dz on return if problem.gradient
+    teacher_logits: torch.Tensor | None  # (n, V) bare products; scratch on return
+    student_bias: torch.Tensor | None  # (V,) compute dtype
+    teacher_bias: torch.Tensor | None  # (V,) compute dtype
+    labels: torch.Tensor | None  # (n,) int64
+    coefficients: torch.Tensor  # (n, 3) compute dtype
+    terms: torch.Tensor  # (n, 3) written
+    stats: torch.Tensor | None  # (n, 6) written
+
+    def part(self, tokens: slice):
+        per_token = {k: v[tokens] for k, v in self._asdict().items() if v is not None and not k.endswith("_bias")}
+        return self._replace(**per_token)
+
+
+def row_kernel(problem: Problem, plan: Plan, rows: Rows):
     for begin in range(0, rows.terms.shape[0], plan.row_tokens):
         part = slice(begin, begin + plan.row_tokens)
-
-        def cut(tensor, part=part):
-            return None if tensor is None else tensor[part]
-
-        _some_rows(
-            problem,
-            rows._replace(
-                student_logits=rows.student_logits[part],
-                teacher_logits=cut(rows.teacher_logits),
-                labels=cut(rows.labels),
-                coefficients=rows.coefficients[part],
-                terms=rows.terms[part],
-                stats=cut(rows.stats),
-            ),
-        )
+        _some_rows(problem, rows.part(part))
 
 
 def _apply_head(logits, bias, scale, softcap):
@@ -64,7 +168,7 @@ def _log_probabilities(logits, temperature):
     return log_p.clamp(min=LOG_PROBABILITY_FLOOR), log_p >= LOG_PROBABILITY_FLOOR
 
 
-def _some_rows(problem: Problem, rows: chunked.Rows):
+def _some_rows(problem: Problem, rows: Rows):
     z, y = rows.student_logits, rows.teacher_logits
     _apply_head(z, rows.student_bias, problem.student_logit_scale, problem.student_softcap)
     log_q, kept = _log_probabilities(z, problem.temperature)

@@ -1,16 +1,15 @@
-// Chooses the instruction set at run time. Memory is allocated here and not in the kernels: a standard template instantiated in
-// a file compiled for AVX-512 could be the copy that the linker keeps for every processor.
-#include "row_kernel.h"
+// Chooses the instruction set at run time. Nothing of the standard library is instantiated in the files compiled for one: the
+// linker could keep the AVX-512 copy of a shared template for every processor.
+#include "chunk.h"
 
 #include <cstring>
-#include <vector>
 
 namespace distill_kernels {
 
 #define DK_DECLARE(isa)                               \
   namespace isa {                                     \
-  void run(const RowParams&, float* scratch, int);    \
-  int64_t scratch_floats(const RowParams&);           \
+  void run(const ChunkParams&, int, float* memory);   \
+  int64_t scratch_floats(const ChunkParams&, int);           \
   void map(char, const float*, float*, int64_t);      \
   }
 DK_DECLARE(baseline)
@@ -24,8 +23,8 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  void (*run)(const RowParams&, float*, int);
-  int64_t (*scratch_floats)(const RowParams&);
+  void (*run)(const ChunkParams&, int, float*);
+  int64_t (*scratch_floats)(const ChunkParams&, int);
   void (*map)(char, const float*, float*, int64_t);
 };
 
@@ -69,11 +68,15 @@ const InstructionSet* find(const char* name) {
 
 const char* const* available_instruction_sets() { return available().names; }
 
-bool run_row_kernel(const RowParams& params, int threads, const char* instruction_set) {
+int64_t chunk_scratch_floats(const ChunkParams& params, int threads, const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  return set == nullptr ? -1 : set->scratch_floats(params, threads);
+}
+
+bool run_chunk(const ChunkParams& params, int threads, float* scratch, const char* instruction_set) {
   const InstructionSet* set = find(instruction_set);
   if (set == nullptr) return false;
-  std::vector<float> scratch(static_cast<size_t>(set->scratch_floats(params)));
-  set->run(params, scratch.data(), threads);
+  set->run(params, threads, scratch);
   return true;
 }
 

@@ -9,7 +9,7 @@
 #endif
 #define DK_ISA avx2
 #define DK_LANES 8
-#include "row_kernel.inc"
+#include "chunk.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
