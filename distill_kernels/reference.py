@@ -62,8 +62,8 @@ def distillation_terms(
 
 
 def distillation_loss(
-    student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, *, temperature=1.0, temperature_squared=True, kd_weight=1.0,
-    ce_weight=0.0, z_loss_weight=0.0, token_weight=None, ignore_index=-100, num_items=None, reduction="mean", **options,
+    student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, *, temperature=1.0, temperature_squared=True,
+    kd_weight=1.0, ce_weight=0.0, z_loss_weight=0.0, token_weight=None, ignore_index=-100, num_items=None, reduction="mean", **options,
 ):  # fmt: skip
     """The loss of the contract, float64, differentiable by autograd in whatever requires grad."""
     (kd, ce, z_loss), _ = distillation_terms(

@@ -79,9 +79,8 @@ def doctor() -> dict[str, str | None]:
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
-    print(
-        f"distill_kernels on Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
+    print(f"distill_kernels on {versions}, {torch.get_num_threads()} threads")
     reasons = {}
     for name in backends.ORDER:
         per_device = {str(device): backends.load(name).why_not(_probe(device)) for device in devices}

@@ -1,0 +1,84 @@
+"""Peak memory of forward + backward above the inputs and the gradients, each measurement in a process of its own.
+
+    python -m pytest -c benchmarks/pytest.ini benchmarks/bench_memory.py
+
+The kernel's high-water mark of resident memory is reset once the inputs exist and a small call has loaded all code; what it reads
+after the step, less resident memory before and the bytes of the returned gradients, is the figure. Results go to results/memory.csv.
+A float16 or bfloat16 head's gradient is accumulated in float32, which `plan` counts as gradient; it is reported here in a column
+of its own, for it is memory above the inputs and the returned gradients.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cases, record
+
+TOKENS = (64, 256, 1024, 4096, 16384)
+SHAPES = ((49152, 576, 576), (129280, 576, 576))
+LIMIT_GIB = 14  # eager runs that would need more are left out
+MIB = 2**20
+
+rows = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results():
+    yield
+    if rows:
+        print(f"\nwritten: {record.write('memory', rows)}")
+
+
+def measure(tokens, vocabulary, student_dim, teacher_dim, dtype, variant) -> dict:
+    """One step in this process; bytes."""
+
+    def status(field):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+
+    step = cases.forward_backward(cases.eager if variant == "eager" else cases.fused(variant))
+    step(*cases.Case("warm-up", 32, 512, 16, 16).tensors(dtype))
+    tensors = cases.Case("", tokens, vocabulary, student_dim, teacher_dim).tensors(dtype)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts again from here
+    before = status("VmRSS")
+    step(*tensors)
+    gradients = sum(t.grad.nbytes for t in tensors[:2])
+    accumulators = sum(t.grad.numel() * 4 for t in tensors[:2]) if dtype.itemsize < 4 else 0
+    return {"above": status("VmHWM") - before - gradients, "gradients": gradients, "accumulators": accumulators}
+
+
+@pytest.mark.parametrize("variant", ["native", "torch", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"v{s[0]}-d{s[1]}")
+@pytest.mark.parametrize("tokens", TOKENS)
+def bench_peak_memory(benchmark, tokens, shape, dtype, variant):
+    if variant == "eager" and 5 * 4 * tokens * shape[0] > LIMIT_GIB * 2**30:
+        pytest.skip(f"eager would hold about {5 * 4 * tokens * shape[0] / 2**30:.0f} GiB of logits")
+    call = [sys.executable, "-m", "benchmarks.bench_memory", str(tokens), *map(str, shape), dtype, variant]
+    result = benchmark.pedantic(lambda: subprocess.run(call, capture_output=True, text=True, check=True), rounds=1)
+    measured = json.loads(result.stdout)
+    rows.append(
+        {
+            "tokens": tokens,
+            "vocabulary": shape[0],
+            "student_dim": shape[1],
+            "teacher_dim": shape[2],
+            "dtype": dtype,
+            "variant": variant,
+            "workspace_mib": 64 if variant != "eager" else "",
+            "mib_above_inputs_and_gradients": measured["above"] / MIB,
+            "of_which_float32_accumulators_mib": measured["accumulators"] / MIB if variant != "eager" else 0,
+            "gradients_mib": measured["gradients"] / MIB,
+        }
+    )
+    if variant != "eager":
+        assert measured["above"] - measured["accumulators"] <= (64 + 16) * MIB, "more than the workspace and 16 MiB"
+
+
+if __name__ == "__main__":
+    *sizes, dtype, variant = sys.argv[1:]
+    print(json.dumps(measure(*map(int, sizes), getattr(torch, dtype), variant)))

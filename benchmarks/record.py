@@ -1,0 +1,52 @@
+"""Where results go: one CSV for each benchmark and machine, and what machine that was."""
+
+import csv
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from distill_kernels.backends import native
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return f"{fields.get('model name', platform.machine())} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+
+
+def machine() -> dict:
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "instruction_set": (native.instruction_sets() or ["none"])[0],
+    }
+
+
+def quartiles(samples) -> dict:
+    """Median and the band of the middle half."""
+    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return {"median": middle, "quartile_1": low, "quartile_3": high, "rounds": len(samples)}
+
+
+def write(name: str, rows: list[dict]) -> Path:
+    """Writes results/NAME.csv, one row a measurement, each with the machine it was made on."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    here = machine()
+    columns = list(dict.fromkeys(key for row in rows for key in row)) + list(here)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (row | here).items()} for row in rows
+        )
+    return path
