@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from distill_kernels.api import models
-from distill_kernels.api.models import BackboneOutput, load_causal_lm, next_token_labels, run_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from distill_kernels.api import models
+from distill_kernels.api.models import BackboneOutput, load_causal_lm, next_token_labels, run_backbone
 
 transformers = pytest.importorskip("transformers")
 

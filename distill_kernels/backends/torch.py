@@ -214,10 +214,10 @@ def _untempered_terms(problem, rows, dz, ce, z_loss):
         at_label = bare.gather(-1, label)
         nll = -at_label.clamp(min=LOG_PROBABILITY_FLOOR)
         cross_entropy = (1 - problem.label_smoothing) * nll
-        label_weight = (1 - problem.label_smoothing) * ((at_label >= LOG_PROBABILITY_FLOOR) & has_label)
+        label_weight = (1 - problem.label_smoothing) * ((at_label >= LOG_PROBABILITY_FLOOR) & has_label).to(z.dtype)
         pull = pull + ce * label_weight
         if problem.label_smoothing:
-            smoothing = has_label * (problem.label_smoothing / problem.vocabulary)
+            smoothing = has_label.to(z.dtype) * (problem.label_smoothing / problem.vocabulary)
             kept = bare >= LOG_PROBABILITY_FLOOR
             cross_entropy = cross_entropy - smoothing * bare.clamp(min=LOG_PROBABILITY_FLOOR).sum(-1, keepdim=True)
             pull = pull + ce * smoothing * kept.sum(-1, keepdim=True)

