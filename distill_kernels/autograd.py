@@ -69,7 +69,7 @@ def _compute(
     deferred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
-    check_labels(labels, problem.vocabulary)
+    check_labels("labels", labels, problem.vocabulary)
     outputs = backends.choose(problem, backend).run(problem, tensors)
     return (coefficients * outputs.terms).sum(), *outputs
 
@@ -124,28 +124,45 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, d_total, d_terms, *_):
+    upstream = d_terms if ctx.scalars["deferred"] else d_total
+    if upstream is None:
+        return (None,) * len(ARGUMENTS)
     wanted = [ctx.scalars[name] for name in ("d_hidden", "d_weight", "d_bias")]
     if ctx.scalars["deferred"]:
-        tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=d_terms)
+        tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=upstream)
         gradients = terms(*tensors, *{**ctx.scalars, "deferred": False, "stats": False}.values())[2:5]
-        gradients = [_rounded(g, dtype) if w else None for g, dtype, w in zip(gradients, ctx.dtypes, wanted, strict=True)]
     else:
-        gradients = [
-            _rounded(_scaled(g, d_total), dtype) if w else None for g, dtype, w in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)
-        ]
+        gradients = [_scaled(g, upstream) if w else g for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+    gradients = [_rounded(g, dtype) if w else None for g, dtype, w in zip(gradients, ctx.dtypes, wanted, strict=True)]
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = [None if g is None else _NoSecondDerivative.apply(g, g.new_zeros((), requires_grad=True)) for g in gradients]
     return *gradients, *[None] * (len(ARGUMENTS) - len(gradients))
 
 
 def _scaled(gradient, upstream):
     """gradient · upstream: in place where this backward is the last that will read it, so that no second copy is ever held.
 
-    Should that be judged wrongly, autograd's version counter turns the next backward into an error, not into wrong numbers.
+    A backward that keeps the graph hands out copies, even at upstream 1: the caller may overwrite what it gets. Under a tracer tensors
+    are of other types, and the compiler decides what is done in place.
     """
-    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = type(gradient) is not Tensor or type(upstream) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
+    if upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient
     return gradient.mul_(upstream)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradient as a function of the inputs that cannot be differentiated again: an error in place of a silent zero."""
+
+    @staticmethod
+    def forward(ctx, gradient, anchor):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError("distillation_loss and token_logprobs have no second derivatives: call them without create_graph=True")
 
 
 def _rounded(gradient, dtype):

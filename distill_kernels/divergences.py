@@ -43,6 +43,9 @@ class Divergence:
         """(value, slope), elementwise, of teacher and student log-probabilities of the same shape."""
         return self.body(log_p, log_q, *self.parameters)
 
+    def __reduce__(self):  # the body is found by name again: the module's attribute of that name is its family
+        return from_parameters, (self.name, self.parameters)
+
     def __str__(self):
         return f"{self.name}({', '.join(f'{p:g}' for p in self.parameters)})" if self.parameters else self.name
 

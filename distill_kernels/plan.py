@@ -60,13 +60,14 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     budget = problem.workspace_mib * MIB
     logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1)
     token_bytes = logits_bytes + schedule.token_bytes
-    # A quarter of the workspace for the row kernel's temporaries, but at least one token's.
-    row_tokens = max(1, budget // 4 // schedule.row_bytes) if schedule.row_bytes else 0
-    left = budget - schedule.fixed_bytes - row_tokens * schedule.row_bytes
     alignment = schedule.token_alignment
+    left = budget - schedule.fixed_bytes
+    # For the row kernel's temporaries a quarter, or what the smallest chunk leaves, but at least one token's.
+    row_tokens = max(1, min(left // 4, left - alignment * token_bytes) // schedule.row_bytes) if schedule.row_bytes else 0
+    left -= row_tokens * schedule.row_bytes
     most = left // token_bytes // alignment * alignment
     if most < 1:
-        needed = -(-(budget - left + alignment * token_bytes) // MIB)
+        needed = -(-(schedule.fixed_bytes + schedule.row_bytes + alignment * token_bytes) // MIB)
         raise ValueError(
             f"workspace_mib={problem.workspace_mib} cannot hold the logits of {alignment} token{'s' * (alignment > 1)} at vocabulary size "
             f"{problem.vocabulary}; it needs at least {needed}"

@@ -30,7 +30,7 @@ class Tensors(NamedTuple):
     teacher_hidden: torch.Tensor | None  # (N, D_t)
     teacher_weight: torch.Tensor | None  # (V, D_t)
     teacher_bias: torch.Tensor | None  # (V,)
-    labels: torch.Tensor | None  # (N,) int64, negative where there is none
+    labels: torch.Tensor | None  # (N,) int64, NO_LABEL where there is none
     coefficients: torch.Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
 
 
@@ -79,8 +79,20 @@ def finite_number(name, value, *, above=None, least=None, most=None, optional=Fa
         f" {word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("at most", most)) if bound is not None
     )
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if not math.isfinite(value) or not inside:
+    if not -math.inf < value < math.inf or not inside:  # by comparison, which a compiler can trace
         raise ValueError(f"{name} must be a finite number{wanted}, got {value!r}")
+
+
+def integer(name, value, *, least=None):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def backend_name(value):
+    if not isinstance(value, str):
+        raise TypeError(f"backend must be a name, got {type(value).__name__}")
 
 
 def one_of(name, value, allowed):
@@ -106,11 +118,10 @@ def check_options(
     one_of("reduction", reduction, REDUCTIONS)
     one_of("vocab_mismatch", vocab_mismatch, VOCAB_MISMATCH)
     one_of("sweep", sweep, SWEEPS)
-    for name, value in (("ignore_index", ignore_index), ("seed", seed), ("workspace_mib", workspace_mib)):
-        if (value is not None or name != "seed") and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-    if workspace_mib < 1:
-        raise ValueError(f"workspace_mib must be at least 1, got {workspace_mib}")
+    integer("ignore_index", ignore_index)
+    integer("workspace_mib", workspace_mib, least=1)
+    if seed is not None:
+        integer("seed", seed)
     if column_fraction is not None:
         finite_number("column_fraction", column_fraction, above=0, most=1)
         raise NotImplementedError("column_fraction: column-sampled gradients are not available yet; pass None for exact gradients")
@@ -131,26 +142,33 @@ def _matrix(name, tensor, dim=None):
         )
 
 
-def check_head(model, hidden, weight, bias):
-    """Hidden states, head and bias of one model fit together."""
-    _matrix(f"{model}_hidden", hidden)
-    _matrix(f"{model}_weight", weight, 2)
+def autocast_dtype(tensor):
+    """The dtype in which a linear layer would take this tensor here."""
+    device = tensor.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if casts else tensor.dtype
+
+
+def check_head(prefix, hidden, weight, bias):
+    """Hidden states, head and bias of one model fit together. `prefix` of their names: "student_", "teacher_" or none."""
+    _matrix(f"{prefix}hidden", hidden)
+    _matrix(f"{prefix}weight", weight, 2)
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{model}_hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {model}_weight has "
+            f"{prefix}hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {prefix}weight has "
             f"{weight.shape[1]} columns (shape {tuple(weight.shape)}); wanted hidden (..., D) and weight (V, D)"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{model}_weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")
-    if hidden.dtype != weight.dtype:
+        raise ValueError(f"{prefix}weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")
+    if autocast_dtype(hidden) != autocast_dtype(weight):
         raise TypeError(
-            f"{model}_hidden is {hidden.dtype} but {model}_weight is {weight.dtype}; cast one, or call under torch.autocast, "
-            "which casts both"
+            f"{prefix}hidden is {hidden.dtype} but {prefix}weight is {weight.dtype}; cast one, or call under torch.autocast, "
+            "which casts both (float64 excepted)"
         )
     if bias is not None:
-        _matrix(f"{model}_bias", bias, 1)
+        _matrix(f"{prefix}bias", bias, 1)
         if bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"{model}_bias has {bias.shape[0]} entries but {model}_weight has {weight.shape[0]} rows")
+            raise ValueError(f"{prefix}bias has {bias.shape[0]} entries but {prefix}weight has {weight.shape[0]} rows")
 
 
 def check_tokens(name, tensor, shape, dtypes, wanted):
@@ -190,12 +208,13 @@ def shared_vocabulary(student_weight, teacher_weight, vocab_mismatch):
     return min(rows)
 
 
-def check_labels(labels, vocabulary):
-    """Labels (N,) are below the vocabulary size; negative ones mean none. Reads the labels, so on CPU only: elsewhere it would sync."""
-    if labels is None or labels.device.type != "cpu" or labels.numel() == 0:
+NO_LABEL = torch.iinfo(torch.int64).min  # stands for ignore_index below the public API, where no label can be mistaken for it
+
+
+def check_labels(name, labels, vocabulary):
+    """Labels (N,) index the vocabulary or are NO_LABEL. It reads them, which elsewhere than on CPU would wait for the device."""
+    if labels is None or labels.device.type != "cpu":
         return
-    largest = int(labels.max())
-    if largest >= vocabulary:
-        raise ValueError(f"labels must be below the vocabulary size {vocabulary} (or ignore_index), got {largest}")
-    if int(labels.min()) < -1:
-        raise ValueError(f"labels must be at least 0 (or ignore_index), got {int(labels.min())}")
+    wrong = labels[((labels < 0) & (labels != NO_LABEL)) | (labels >= vocabulary)]
+    if wrong.numel():
+        raise ValueError(f"{name} must be at least 0 and below the vocabulary size {vocabulary}, or ignore_index, got {int(wrong[0])}")

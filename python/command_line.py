@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from distill_kernels import __version__, divergences, problem
+from distill_kernels import divergences, problem
 from distill_kernels.api import demo, diagnosis
 from distill_kernels.api.demo_text import DemoError
 
@@ -78,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="distill-kernels", description="Knowledge-distillation losses that never hold the logits.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version("distill_kernels"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_plan(commands)

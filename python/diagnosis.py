@@ -6,7 +6,6 @@ import torch
 
 from distill_kernels import backends
 from distill_kernels import problem as contract
-from distill_kernels.backends import native
 from distill_kernels.divergences import resolve
 from distill_kernels.plan import Plan
 
@@ -51,7 +50,8 @@ def plan(
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
-    contract.finite_number("workspace_mib", workspace_mib, least=1)
+    contract.integer("workspace_mib", workspace_mib, least=1)
+    contract.backend_name(backend)
     deferred = reduction == "none"
     problem = contract.Problem(
         tokens=tokens,
@@ -85,11 +85,8 @@ def doctor() -> dict[str, str | None]:
     for name in backends.ORDER:
         per_device = {str(device): backends.load(name).why_not(_probe(device)) for device in devices}
         for device, reason in per_device.items():
-            print(f"  {name:8} {device:6} {'ready' if reason is None else 'cannot run: ' + reason}")
+            print(f"  {name:8} {device:6} {'ready, ' + backends.load(name).describe() if reason is None else 'cannot run: ' + reason}")
         reasons[name] = next((None for reason in per_device.values() if reason is None), per_device["cpu"])
-    if native.instruction_sets():
-        chosen, *others = native.instruction_sets()
-        print(f"  native kernels use {chosen}" + (f" ({', '.join(others)} also built in)" if others else ""))
     for device in devices:
         print(f'  backend="auto" on {device} takes {backends.name_of(backends.choose(_probe(device)))}')
     return reasons

@@ -183,12 +183,16 @@ def token_logprobs(
     contract.finite_number("temperature", temperature, above=0)
     contract.finite_number("logit_scale", logit_scale)
     contract.finite_number("softcap", softcap, above=0, optional=True)
-    contract.check_head("student", hidden, weight, bias)
+    contract.integer("ignore_index", ignore_index)
+    contract.integer("workspace_mib", workspace_mib, least=1)
+    contract.backend_name(backend)
+    contract.check_head("", hidden, weight, bias)
     contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
     contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
     valid = token_ids != ignore_index
+    token_ids = _labels("token_ids", token_ids, valid, weight.shape[0])
     coefficients = _per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
-    tensors = _flat(hidden, weight, bias, None, None, None, torch.where(valid, token_ids, -1), coefficients)
+    tensors = _flat(hidden, weight, bias, None, None, None, token_ids, coefficients)
     problem = _problem(
         tensors,
         divergence=STUDENT_ENTROPY,
@@ -208,8 +212,7 @@ def _check_options(options):
     resolve(options["divergence"])
     if not isinstance(options["temperature_squared"], bool):
         raise TypeError(f"temperature_squared must be True or False, got {options['temperature_squared']!r}")
-    if not isinstance(options["backend"], str):
-        raise TypeError(f"backend must be a name, got {type(options['backend']).__name__}")
+    contract.backend_name(options["backend"])
     names = inspect.signature(contract.check_options).parameters
     contract.check_options(**{name: options[name] for name in names})
 
@@ -232,7 +235,7 @@ def _distillation_loss(
     valid = torch.ones(tokens, dtype=torch.bool, device=student_hidden.device)
     if labels is not None:
         valid = labels != options["ignore_index"]
-        labels = torch.where(valid, labels, -1)
+        labels = _labels("labels", labels, valid, student_weight.shape[0])
     factor = valid.to(torch.float64 if student_hidden.dtype is torch.float64 else torch.float32)
     if token_weight is not None:
         factor = factor * token_weight
@@ -266,19 +269,21 @@ def _distillation_loss(
     loss, terms, per_token = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
     if deferred:
         loss = (coefficients * terms).sum(-1).view(tokens)
-    return loss, per_token.view(*tokens, -1) if stats else None, valid & (factor != 0)
+    return loss, per_token.view(*tokens, len(contract.STATS)) if stats else None, valid & (factor != 0)
 
 
 def _check_tensors(
     student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
 ):
     """Shape of the tokens, (...), after every check of the tensors against each other."""
-    contract.check_head("student", student_hidden, student_weight, student_bias)
+    contract.check_head("student_", student_hidden, student_weight, student_bias)
     tokens = student_hidden.shape[:-1]
     if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None and options["kd_weight"] != 0):
         raise TypeError("teacher_hidden and teacher_weight must be tensors, or both None with kd_weight=0")
+    if teacher_hidden is None and teacher_bias is not None:
+        raise TypeError("teacher_bias was passed without teacher_hidden and teacher_weight")
     if teacher_hidden is not None:
-        contract.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        contract.check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
         if teacher_hidden.shape[:-1] != tokens:
             raise ValueError(
                 f"student_hidden has tokens of shape {tuple(tokens)} but teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
@@ -312,6 +317,14 @@ def _check_tensors(
     return tokens
 
 
+def _labels(name, labels, valid, vocabulary):
+    """Labels with contract.NO_LABEL where they are not valid; checked here under the caller's name, and again below if compiled."""
+    labels = torch.where(valid, labels, contract.NO_LABEL)
+    if not torch.compiler.is_compiling():
+        contract.check_labels(name, labels, vocabulary)
+    return labels
+
+
 def _per_term(factor, kd, ce, z_loss):
     """(N, 3): a token's factor times the weight of each of problem.TERMS."""
     return torch.stack((factor * kd, factor * ce, factor * z_loss), -1)
@@ -319,11 +332,9 @@ def _per_term(factor, kd, ce, z_loss):
 
 def _flat(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficients):
     """One row for each token, in autocast's dtype where that is on."""
-    device = student_hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def cast(tensor):
-        return tensor if tensor is None or dtype is None or tensor.dtype is torch.float64 else tensor.to(dtype)
+        return None if tensor is None else tensor.to(contract.autocast_dtype(tensor))
 
     def rows(tensor):
         return None if tensor is None else cast(tensor).reshape(-1, tensor.shape[-1])

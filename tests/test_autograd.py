@@ -211,7 +211,7 @@ def test_compiled_training_step_equals_eager(backend, fresh_compiler):
 def test_compiled_loss_still_refuses_a_label_out_of_range(backend, fresh_compiler):
     call = sample(labels=True)
     call["labels"][0] = 61
-    with pytest.raises(ValueError, match="labels must be below the vocabulary size 61"):
+    with pytest.raises(ValueError, match="labels must be at least 0 and below the vocabulary size 61"):
         torch.compile(distillation_loss, fullgraph=True, backend="aot_eager")(**call, backend=backend)
 
 

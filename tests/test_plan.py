@@ -205,11 +205,11 @@ def test_doctor_prints_and_returns_what_can_run(capsys):
     assert reasons["torch"] is None
     assert torch.__version__ in printed
     for name, reason in reasons.items():
-        assert re.search(rf"^ +{name} +cpu +({'ready' if reason is None else 'cannot run: .+'})$", printed, re.MULTILINE)
+        assert re.search(rf"^ +{name} +cpu +({'ready, .+' if reason is None else 'cannot run: .+'})$", printed, re.MULTILINE)
     fastest = next(name for name in backends.ORDER if reasons[name] is None)
     assert re.search(rf'backend="auto" on cpu takes {fastest}$', printed, re.MULTILINE)
     if reasons["native"] is None:
-        assert f"native kernels use {backends.load('native').instruction_sets()[0]}" in printed
+        assert f"compiled kernels for {backends.load('native').instruction_sets()[0]}" in printed
 
 
 # Measured memory. One process measures one case after another: the kernel's high-water mark of resident memory is reset before each.

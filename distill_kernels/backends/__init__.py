@@ -2,6 +2,7 @@
 
 A backend is a module of this package with
 
+    describe() -> str                    what it is on this machine, for `doctor`
     why_not(problem) -> str | None       None if it can run the problem, else the reason in words
     schedule(problem) -> Schedule        what the planner must know of it
     run(problem, tensors) -> Outputs     the terms of the loss, and the gradients of Σ coefficients · terms

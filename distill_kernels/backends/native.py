@@ -30,6 +30,11 @@ def instruction_sets() -> list[str]:
     return [] if _native is None else _native.instruction_sets()
 
 
+def describe() -> str:
+    chosen, *others = instruction_sets() or ["nothing"]
+    return f"compiled kernels for {chosen}" + (f", also {' and '.join(others)}" if others else "")
+
+
 def why_not(problem: Problem) -> str | None:
     if _native is None:
         return f"the compiled extension is missing ({MISSING}); install a C++17 compiler and install distill_kernels again"
