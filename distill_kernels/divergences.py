@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import exp, log, maximum, minimum, sign
+from torch import exp, log, maximum, sign
 
 # Two logits of magnitude 640 differ by less; exp() of it is 0 in every dtype, and p · floor stays finite in float32.
 LOG_PROBABILITY_FLOOR = -1.0e4
@@ -105,6 +105,8 @@ def register(body=None, *, check=None):
 def resolve(divergence) -> Divergence:
     """The `Divergence` meant by a name, a family without parameters, or a `Divergence`. Raises ValueError or TypeError in words."""
     if isinstance(divergence, Divergence):
+        if _body(divergence.name) is not divergence.body:
+            raise ValueError(f"{divergence} is not the divergence registered under that name now; make it from its family again")
         return divergence
     if isinstance(divergence, str):
         family = FAMILIES.get(divergence)
@@ -122,9 +124,12 @@ def resolve(divergence) -> Divergence:
 
 def from_parameters(name, parameters) -> Divergence:
     """The Divergence of a name and parameters that `resolve` or a family has already checked."""
-    if name == STUDENT_ENTROPY.name:
-        return STUDENT_ENTROPY
-    return Divergence(name, tuple(parameters), FAMILIES[name].body)
+    return Divergence(name, tuple(parameters), _body(name))
+
+
+def _body(name):
+    known = STUDENT_ENTROPY if name == STUDENT_ENTROPY.name else FAMILIES.get(name)
+    return None if known is None else known.body
 
 
 def shared_expression(function):
@@ -135,7 +140,7 @@ def shared_expression(function):
 
 def _between_zero_and_one(name, value, at_ends):
     if not 0 < value < 1:
-        meant = f"; at {name}={value:g} you mean {at_ends[value]!r}" if value in at_ends else ""
+        meant = f"; that limit is {at_ends[value]!r}" if value in at_ends else ""
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value:g}{meant}")
 
 
@@ -229,9 +234,10 @@ def skew_reverse_kl(log_p, log_q, alpha):
 @register
 def total_variation(log_p, log_q):
     """½·Σ|p − q|."""
-    p = exp(log_p)
     q = exp(log_q)
-    return 0.5 * (maximum(p, q) - minimum(p, q)), 0.5 * q * sign(q - p)
+    gap = q - exp(log_p)
+    side = sign(gap) + 0 * gap  # sign() makes a number of NaN, and a NaN has to arrive
+    return 0.5 * gap * side, 0.5 * q * side
 
 
 @register(check=_check_alpha_beta)

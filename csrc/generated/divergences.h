@@ -83,9 +83,10 @@ struct total_variation {
   static total_variation from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
-    const auto p = exp(log_p);
     const auto q = exp(log_q);
-    return {0.5f * (maximum(p, q) - minimum(p, q)), (0.5f * q) * sign((q - p))};
+    const auto gap = q - exp(log_p);
+    const auto side = sign(gap) + (0.0f * gap);
+    return {(0.5f * gap) * side, (0.5f * q) * side};
   }
 };
 
