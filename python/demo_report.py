@@ -76,21 +76,26 @@ def write(report: dict, folder: Path) -> None:
 def _plot(report: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for run, points in report["curves"].items():
         steps = [point["step"] for point in points]
-        left.plot(steps, [point["kl"] for point in points], "o-", color=COLOURS[run], label=f"{LABELS[run]}, held out")
+        left.plot(steps, [point["kl"] for point in points], "o-", color=COLOURS[run], label=f"{LABELS[run]}: held-out KL to the teacher")
         right.plot(steps, [100 * point["top1_agreement"] for point in points], "o-", color=COLOURS[run], label=LABELS[run])
         losses = report["training_loss"][run]
-        left.plot(range(1, len(losses) + 1), losses, color=COLOURS[run], alpha=0.35, linewidth=1, label=f"{LABELS[run]}, training loss")
+        left.plot(range(1, len(losses) + 1), losses, color=COLOURS[run], alpha=0.35, linewidth=1, label=f"{LABELS[run]}: training loss")
     values = [point["kl"] for points in report["curves"].values() for point in points]
     if min(values) > 0 and math.log10(max(values) / min(values)) > 0.5:
         left.set_yscale("log")
-    left.set_ylabel("KL(teacher‖student), or own training loss, in nats per token")
-    right.set_ylabel("same most probable token as the teacher, %")
+        # Powers of ten alone would leave most of these axes without a number.
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        left.yaxis.set_major_formatter(ScalarFormatter())
+        left.yaxis.set_minor_formatter(NullFormatter())
+    left.set_ylabel("nats per token")
+    right.set_ylabel("held-out top-1 agreement with the teacher, %")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xlabel("step")
