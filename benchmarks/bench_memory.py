@@ -29,7 +29,7 @@ rows = []
 def results():
     yield
     if rows:
-        print(f"\nwritten: {record.write('memory', rows)}")
+        print(f"\nwritten: {record.write('memory', rows, ('tokens', 'vocabulary', 'dtype', 'variant'))}")
 
 
 def measure(tokens, vocabulary, student_dim, teacher_dim, dtype, variant) -> dict:

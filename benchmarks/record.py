@@ -37,16 +37,23 @@ def quartiles(samples) -> dict:
     return {"median": middle, "quartile_1": low, "quartile_3": high, "rounds": len(samples)}
 
 
-def write(name: str, rows: list[dict]) -> Path:
-    """Writes results/NAME.csv, one row a measurement, each with the machine it was made on."""
+def write(name: str, rows: list[dict], key: tuple[str, ...]) -> Path:
+    """Writes results/NAME.csv, one row a measurement, each with the machine it was made on.
+
+    Rows that are there already stay, unless one of the same `key` columns replaces them: a run of a part does not undo the whole.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     here = machine()
-    columns = list(dict.fromkeys(key for row in rows for key in row)) + list(here)
+    fresh = {tuple(str(row[column]) for column in key) for row in rows}
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if tuple(row[column] for column in key) not in fresh] + [row | here for row in rows]
+    columns = list(dict.fromkeys(column for row in [*rows, here] for column in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (row | here).items()} for row in rows
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (here | row).items()} for row in rows
         )
     return path

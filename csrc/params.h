@@ -52,8 +52,6 @@ struct ChunkParams {
   float log_probability_floor;
   float tail_log_probability;
   bool untempered;  // the cross-entropy or squared log-sum-exp term is wanted
-
-  bool gradient() const { return d_hidden != nullptr || d_weight != nullptr || d_bias != nullptr; }
 };
 
 }  // namespace distill_kernels

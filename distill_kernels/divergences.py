@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import exp, log, maximum, sign
+from torch import exp, log, maximum, minimum, sign  # noqa: F401 (all that a body may call)
 
 # Two logits of magnitude 640 differ by less; exp() of it is 0 in every dtype, and p · floor stays finite in float32.
 LOG_PROBABILITY_FLOOR = -1.0e4

@@ -61,12 +61,16 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of logits, sums and gradient accumulators: float32, or float64 for float64 inputs."""
-        return torch.float64 if torch.float64 in (self.student_dtype, self.teacher_dtype) else torch.float32
+        return compute_dtype(self.student_dtype, self.teacher_dtype)
 
     @property
     def gradient(self) -> bool:
         return self.d_hidden or self.d_weight or self.d_bias
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """dtype of logits, sums and gradient accumulators: float32, or float64 for float64 inputs."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def finite_number(name, value, *, above=None, least=None, most=None, optional=False):
@@ -81,6 +85,8 @@ def finite_number(name, value, *, above=None, least=None, most=None, optional=Fa
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
     if not -math.inf < value < math.inf or not inside:  # by comparison, which a compiler can trace
         raise ValueError(f"{name} must be a finite number{wanted}, got {value!r}")
+    if value != 0 and not 1e-18 <= abs(value) <= 1e18:  # so that its square is a normal float32
+        raise ValueError(f"{name} must be 0 or of a magnitude between 1e-18 and 1e18, got {value!r}")
 
 
 def integer(name, value, *, least=None):

@@ -172,8 +172,8 @@ def token_logprobs(
     """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
 
     q = softmax(softcap(logit_scale · (hidden · weightᵀ + bias)) / temperature); returns (log q_id (...), −Σ q·log q (...)) in nats,
-    float32. Costs 1S forward and 3S backward. Arguments and errors as in `distillation_loss`; positions whose id is `ignore_index`
-    give 0 and cost nothing.
+    float32 (float64 for float64 inputs). Costs 1S forward and 3S backward. Arguments and errors as in `distillation_loss`; positions
+    whose id is `ignore_index` give 0 and cost nothing.
 
     Example
         >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)
@@ -304,6 +304,8 @@ def _check_tensors(
         if isinstance(num_items, Tensor):
             if num_items.dim() != 0:
                 raise ValueError(f"num_items must be an int or a 0-d tensor, got a tensor of shape {tuple(num_items.shape)}")
+            if num_items.requires_grad:
+                raise ValueError("num_items gets no gradient; detach it")
         else:
             contract.finite_number("num_items", num_items, above=0)
         if options["reduction"] != "mean":
@@ -326,8 +328,8 @@ def _labels(name, labels, valid, vocabulary):
     return labels
 
 
-def _compute_dtype(*hidden):
-    return torch.float64 if any(h is not None and h.dtype is torch.float64 for h in hidden) else torch.float32
+def _compute_dtype(student_hidden, teacher_hidden):
+    return contract.compute_dtype(student_hidden.dtype, student_hidden.dtype if teacher_hidden is None else teacher_hidden.dtype)
 
 
 def _per_term(factor, kd, ce, z_loss):

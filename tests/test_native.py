@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import DIVERGENCES, check_loss, everything, make_inputs, make_labels, make_token_weight, with_gradients
 
-from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, token_logprobs
+from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, token_logprobs
 from distill_kernels.backends import native
 
 if native._native is None:
@@ -227,3 +227,21 @@ def test_instruction_sets_agree_with_each_other(monkeypatch):
     for result in results[1:]:
         for name in result:
             torch.testing.assert_close(result[name], results[0][name], rtol=0, atol=1e-5 * results[0][name].abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_native_ignores_the_default_dtype(default):
+    inputs = [torch.randn(5, 24, dtype=torch.float32), torch.randn(97, 24), torch.randn(5, 24), torch.randn(97, 24)]
+    expected = distillation_loss(*inputs, backend="native")
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(distillation_loss(*inputs, backend="native"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 16, 64, 128])
+def test_native_plan_has_room_on_many_cores(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native")
+    assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= 64 * 2**20

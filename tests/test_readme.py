@@ -12,7 +12,7 @@ def test_readme_python_blocks_run(capsys):
     namespace = {}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
-    assert namespace["student"].lm_head.weight.grad is not None
+    assert namespace["student_head"].grad.abs().sum() > 0
 
 
 def test_readme_names_the_commands_it_promises():

@@ -50,26 +50,33 @@ def why_not(problem: Problem) -> str | None:
 
 
 def schedule(problem: Problem) -> Schedule:
-    """The kernel's own count of its scratch, which is a constant and a share for each token, and the chunk's gathered rows."""
+    """Its scratch, and the chunk's gathered rows. Above eight threads it grows with their number."""
+    fixed, share = _scratch_bytes(problem, torch.get_num_threads())
+    gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
+    return Schedule(token_alignment=_native.token_alignment, token_bytes=share + gathered, fixed_bytes=fixed)
+
+
+def _scratch_bytes(problem: Problem, threads: int) -> tuple[int, int]:
+    """The kernel's own count of its scratch: a constant, and a share for each token."""
     alignment = _native.token_alignment
 
     def scratch(tokens):
         sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem)}
-        return 4 * _native.chunk_scratch_floats(sizes, torch.get_num_threads(), INSTRUCTION_SET)
+        return 4 * _native.chunk_scratch_floats(sizes, threads, INSTRUCTION_SET)
 
     share = (scratch(2 * alignment) - scratch(alignment)) // alignment
-    gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
-    return Schedule(token_alignment=alignment, token_bytes=share + gathered, fixed_bytes=scratch(alignment) - alignment * share)
+    return scratch(alignment) - alignment * share, share
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
-    needs = schedule(problem)
-    plan = make_plan(problem, needs)
-    stride, threads = plan.chunk_tokens, torch.get_num_threads()
-    logits = [torch.empty(problem.vocabulary, stride) for _ in range(2 if problem.teacher_dim else 1)]
+    plan = make_plan(problem, schedule(problem))
+    stride, threads = plan.chunk_tokens, torch.get_num_threads()  # read once: the scratch is sized by it
+    fixed, share = _scratch_bytes(problem, threads)
+    memory = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    scratch = torch.empty((fixed + stride * share) // 4, **memory)
+    logits = [torch.empty(problem.vocabulary, stride, **memory) for _ in range(2 if problem.teacher_dim else 1)]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
-    scratch = torch.empty((needs.fixed_bytes + stride * needs.token_bytes) // 4)
     common = _nothing(problem)
 
     def kernel(chunk: chunked.Chunk):
