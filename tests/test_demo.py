@@ -316,8 +316,15 @@ def test_an_interrupted_demo_leaves_nothing(teacher, text, tmp_path):
     command = [sys.executable, "-m", "distill_kernels.api.command_line"]
     command += map(str, flags(teacher, text, output, "--steps", 100_000, "--batch-size", 1))
     with log.open("w") as stream:
-        process = subprocess.Popen(  # SIGINT as a terminal gives it: a background job inherits it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), args=command, stdout=stream, stderr=stream, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=stream,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # SIGINT as a terminal gives it: what runs in the background inherits it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
     try:
         deadline = time.monotonic() + 120
         while "loss" not in log.read_text(errors="replace") and process.poll() is None and time.monotonic() < deadline:
