@@ -330,7 +330,7 @@ def test_an_interrupted_demo_leaves_nothing(teacher, text, tmp_path):
         while "loss" not in log.read_text(errors="replace") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=30) == 130
     finally:
         process.kill()
         process.wait()
