@@ -11,7 +11,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-SOURCES = ["bindings", "cpu/chunk", "cpu/parallel", "cpu/chunk_baseline", "cpu/chunk_avx2", "cpu/chunk_avx512"]
+SOURCES = ["bindings", "cpu/chunk", "cpu/parallel", "cpu/chunk_baseline", "cpu/chunk_avx2", "cpu/chunk_avx512", "cpu/chunk_avx512bf16"]
 
 # math-errno: sqrt and friends need not set errno, which would keep them scalar.
 native = Pybind11Extension(

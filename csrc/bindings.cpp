@@ -82,6 +82,18 @@ void math_function(char which, uintptr_t in, uintptr_t out, int64_t count, const
     unknown_instruction_set(instruction_set);
 }
 
+void multiply(uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t depth, const std::string& instruction_set) {
+  if (!dk::run_multiply(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), reinterpret_cast<float*>(c), rows, depth,
+                        name_or_null(instruction_set)))
+    unknown_instruction_set(instruction_set);
+}
+
+double multiply_add_rate(int64_t count, const std::string& instruction_set) {
+  const double rate = dk::multiply_add_rate(count, name_or_null(instruction_set));
+  if (rate < 0.0) unknown_instruction_set(instruction_set);
+  return rate;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const char* const* name = dk::available_instruction_sets(); *name != nullptr; ++name) names.push_back(*name);
@@ -95,9 +107,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"));
   m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));
   m.def("math_function", &math_function, py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
+  m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("c"), py::arg("rows"), py::arg("depth"), py::arg("instruction_set"));
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("count"), py::arg("instruction_set"));
   m.def("instruction_sets", &instruction_sets);
 #define DK_NAME(name) #name,
   m.attr("divergences") = std::vector<std::string>{DK_FOR_EACH_DIVERGENCE(DK_NAME)};
 #undef DK_NAME
   m.attr("token_alignment") = dk::kTokenAlignment;
+  m.attr("panel") = dk::kPanel;
 }

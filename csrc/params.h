@@ -9,6 +9,7 @@ constexpr int kTerms = 3;  // divergence, cross entropy, squared log-sum-exp
 constexpr int kStats = 6;  // divergence, cross entropy, student entropy, teacher entropy, top-1 agreement, tail mass
 constexpr int kMaxParameters = 2;
 constexpr int64_t kTokenAlignment = 16;  // one AVX-512 vector of float
+constexpr int64_t kPanel = 64;           // tokens, or dimensions, that a CPU product takes together
 
 enum class Element : int { kFloat32, kBfloat16, kFloat16 };
 
@@ -27,10 +28,11 @@ struct Model {
   int64_t dim;
   float scale;
   float softcap;  // 0: none
-  float* logits;  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours
+  float* logits;  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours; null (both models'): not kept
 };
 
-// All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for.
+// All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for. Gradients need the
+// logits to be kept.
 struct ChunkParams {
   int64_t tokens;
   int64_t stride;  // at least `tokens`, a multiple of kTokenAlignment

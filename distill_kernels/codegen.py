@@ -66,19 +66,27 @@ def shared_expression(function) -> str:
     return f"template <class T>\nDK_INLINE T {function.__name__}({arguments}) {{\n{body}\n}}\n"
 
 
+def method(name, function, arguments) -> str:
+    """`function` as a member that takes `arguments` and returns a value and a slope."""
+    lines, (value, slope) = statements(function)
+    inner = "\n".join(f"    {line}" for line in [*lines, f"return {{{value}, {slope}}};"])
+    read = {node.id for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))) if isinstance(node, ast.Name)}
+    listed = ", ".join(f"T {argument}" if argument in read else "T" for argument in arguments)
+    return f"  template <class T>\n  DK_INLINE ValueSlope<T> {name}({listed}) const {{\n{inner}\n  }}\n"
+
+
 def functor(name, body) -> str:
     parameters = list(inspect.signature(body).parameters)[2:]
-    lines, (value, slope) = statements(body)
     members = "".join(f"  float {p};\n" for p in parameters)
     loads = ", ".join(f"parameters[{i}]" for i in range(len(parameters)))
-    inner = "\n".join(f"    {line}" for line in [*lines, f"return {{{value}, {slope}}};"])
-    read = {node.id for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(body)))) if isinstance(node, ast.Name)}
-    arguments = ", ".join(f"T {argument}" if argument in read else "T" for argument in ("log_p", "log_q"))
+    renormalise = getattr(body, "renormalise", None)
     return (
         f"// {inspect.getdoc(body).splitlines()[0]}\n"
         f"struct {name} {{\n{members}"
+        f"  static constexpr bool one_pass = {'false' if renormalise is None else 'true'};\n"
         f"  static {name} from(const float*{' parameters' if parameters else ''}) {{ return {{{loads}}}; }}\n"
-        f"  template <class T>\n  DK_INLINE ValueSlope<T> operator()({arguments}) const {{\n{inner}\n  }}\n}};\n"
+        f"{method('operator()', body, ('log_p', 'log_q'))}"
+        f"{'' if renormalise is None else method('renormalise', renormalise, tuple(inspect.signature(renormalise).parameters))}}};\n"
     )
 
 

@@ -43,6 +43,11 @@ class Divergence:
         """(value, slope), elementwise, of teacher and student log-probabilities of the same shape."""
         return self.body(log_p, log_q, *self.parameters)
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether its sums can be taken before the log-sum-exps are known: see `renormalised_by`."""
+        return hasattr(self.body, "renormalise")
+
     def __reduce__(self):  # the body is found by name again: the module's attribute of that name is its family
         return from_parameters, (self.name, self.parameters)
 
@@ -100,6 +105,20 @@ def register(body=None, *, check=None):
         raise ValueError(f"{body.__name__} is the name of a built-in divergence; give yours another")
     FAMILIES[body.__name__] = Family(body, check)
     return FAMILIES[body.__name__]
+
+
+def renormalised_by(renormalise):
+    """Decorator of a body whose sums can be corrected afterwards, so that one pass over the logits does.
+
+    `renormalise(value, slope, excess_p, excess_q)` turns Σ value and Σ slope taken at (log p + excess_p, log q + excess_q) into those at
+    (log p, log q). A kernel may then sum with logits less a running maximum in place of log-probabilities.
+    """
+
+    def mark(body):
+        body.renormalise = renormalise
+        return body
+
+    return mark
 
 
 def resolve(divergence) -> Divergence:
@@ -182,14 +201,28 @@ def log_mixture(log_a, log_b, weight):
     return high + log(weight * exp(log_a - high) + (1 - weight) * exp(log_b - high))
 
 
+def forward_kl_renormalised(value, slope, excess_p, excess_q):
+    scale = exp(-excess_p)
+    return scale * (value + slope * (excess_p - excess_q)), scale * slope
+
+
 @register
+@renormalised_by(forward_kl_renormalised)
 def forward_kl(log_p, log_q):
     """KL(p‖q), the classic of Hinton, Vinyals and Dean (2015)."""
     p = exp(log_p)
     return p * (log_p - log_q), -p
 
 
+def reverse_kl_renormalised(value, slope, excess_p, excess_q):
+    scale = exp(-excess_q)
+    mass = slope - value
+    right = scale * (value + mass * (excess_p - excess_q))
+    return right, right + scale * mass
+
+
 @register
+@renormalised_by(reverse_kl_renormalised)
 def reverse_kl(log_p, log_q):
     """KL(q‖p), mode seeking: MiniLLM (Gu et al. 2024) and on-policy distillation."""
     q = exp(log_q)
@@ -258,6 +291,14 @@ def squared_hellinger(log_p, log_q):
     return 0.5 * gap * gap, 0.5 * root_q * gap
 
 
+def student_entropy_renormalised(value, slope, excess_p, excess_q):
+    scale = exp(-excess_q)
+    mass = value - slope
+    right = scale * (value + mass * excess_q)
+    return right, right - scale * mass
+
+
+@renormalised_by(student_entropy_renormalised)
 def student_entropy(log_p, log_q):
     """H(q) = −Σ q·log q: a body of the same kind, but no divergence, for it has no teacher. It serves `token_logprobs`."""
     q = exp(log_q)

@@ -1,7 +1,7 @@
 """How many tokens a chunk holds, and what a call costs: pure functions of the problem, never of the memory that happens to be free.
 
-The chunked schedule keeps, at any time, the float32 logits of one chunk of tokens, student's and teacher's. Everything it
-allocates beyond gradients fits in `workspace_mib`; the rest of this file is arithmetic anyone can check by hand.
+The chunked schedule keeps, at any time, the float32 logits of one chunk of tokens, student's and teacher's; the tile-fused one keeps
+none. Everything they allocate beyond gradients fits in `workspace_mib`; the rest of this file is arithmetic anyone can check by hand.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a backend's kernel holds beside the logits of its chunk."""
+    """How a backend goes through a problem, and what its kernel holds beside the logits of its chunk."""
 
+    name: str = "chunked"
+    reason: str = "the backend's only schedule"
+    keeps_logits: bool = True  # of a chunk's tokens over the whole vocabulary
+    most_bytes: int | None = None  # more workspace than this would not make it faster
     token_alignment: int = 1  # chunks are allocated in multiples of this
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
@@ -23,7 +27,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    chunk_tokens: int  # tokens whose logits are held at a time
+    schedule: str  # "chunked": a chunk's logits are kept; "tile-fused": no logits are
+    reason: str  # why that one
+    chunk_tokens: int  # tokens that go through at a time
     chunks: int  # when no token is masked
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
     workspace_bytes: int
@@ -44,6 +50,7 @@ class Plan:
 
         return "\n".join(
             [
+                f"schedule    {self.schedule}: {self.reason}",
                 f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens",
                 f"workspace   {mib(self.workspace_bytes)}",
                 f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
@@ -57,8 +64,8 @@ class Plan:
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
-    budget = problem.workspace_mib * MIB
-    logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1)
+    budget = min(problem.workspace_mib * MIB, schedule.most_bytes or problem.workspace_mib * MIB)
+    logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1) if schedule.keeps_logits else 0
     token_bytes = logits_bytes + schedule.token_bytes
     alignment = schedule.token_alignment
     left = budget - schedule.fixed_bytes
@@ -69,8 +76,8 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     if most < 1:
         needed = -(-(schedule.fixed_bytes + schedule.row_bytes + alignment * token_bytes) // MIB)
         raise ValueError(
-            f"workspace_mib={problem.workspace_mib} cannot hold the logits of {alignment} token{'s' * (alignment > 1)} at vocabulary size "
-            f"{problem.vocabulary}; it needs at least {needed}"
+            f"workspace_mib={problem.workspace_mib} cannot hold the {'logits' if schedule.keeps_logits else 'sums'} of {alignment} "
+            f"token{'s' * (alignment > 1)} at vocabulary size {problem.vocabulary}; it needs at least {needed}"
         )
     chunks = max(1, -(-problem.tokens // most))
     even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
@@ -85,6 +92,8 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     # and two gradients of that size. Five buffers at once either way with a teacher, three without.
     eager_buffers = 5 if problem.teacher_dim else 3
     return Plan(
+        schedule=schedule.name,
+        reason=schedule.reason,
         chunk_tokens=chunk_tokens,
         chunks=max(1, -(-problem.tokens // chunk_tokens)),
         row_tokens=row_tokens,

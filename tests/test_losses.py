@@ -381,7 +381,7 @@ def test_several_chunks_match_reference(dtype, masked, reduction, backend, monke
         return run(problem, tensors, plan, counted)
 
     monkeypatch.setattr(chunked, "run", counted_run)
-    tokens, vocabulary = 97, 6000
+    tokens, vocabulary = 97, 9000
     options = {"labels": make_labels(tokens, vocabulary), "ce_weight": 0.5, "token_weight": make_token_weight(tokens)} if masked else {}
     inputs = make_inputs("grid", tokens, vocabulary, 24, 16, dtype=dtype, bias=True)
     check_loss(
@@ -517,7 +517,7 @@ def test_stats_leave_the_loss_as_it_is(reduction, backend):
 
 @BOTH
 def test_stats_of_several_chunks_match_reference(backend, one_thread):
-    tokens, vocabulary = 97, 6000
+    tokens, vocabulary = 97, 9000
     inputs = make_inputs("moderate", tokens, vocabulary, 24, 16)
     check_stats(inputs, labels=make_labels(tokens, vocabulary), workspace_mib=3, backend=backend)
 

@@ -2,6 +2,7 @@
 // linker could keep the AVX-512 copy of a shared template for every processor.
 #include "chunk.h"
 
+#include <chrono>
 #include <cstring>
 
 #if defined(__linux__)
@@ -10,29 +11,42 @@
 
 namespace distill_kernels {
 
-#define DK_DECLARE(isa)                               \
-  namespace isa {                                     \
-  void run(const ChunkParams&, int, float* memory);   \
-  int64_t scratch_floats(const ChunkParams&, int);           \
-  void map(char, const float*, float*, int64_t);      \
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  void (*run)(const ChunkParams&, int threads, float* memory);
+  int64_t (*scratch_floats)(const ChunkParams&, int threads);
+  void (*map)(char, const float*, float*, int64_t);
+  void (*multiply)(const float*, const float*, float*, int64_t, int64_t);
+  double (*multiply_adds)(int64_t, float*);
+};
+
+}  // namespace
+
+#define DK_DECLARE(isa)                                                        \
+  namespace isa {                                                              \
+  void run(const ChunkParams&, int threads, float* memory);                    \
+  int64_t scratch_floats(const ChunkParams&, int threads);                     \
+  void map(char, const float*, float*, int64_t);                               \
+  void multiply(const float*, const float*, float*, int64_t, int64_t);         \
+  double multiply_adds(int64_t, float*);                                       \
+  constexpr InstructionSet set{#isa, &run, &scratch_floats, &map, &multiply, &multiply_adds}; \
   }
 DK_DECLARE(baseline)
 #if defined(__x86_64__)
 DK_DECLARE(avx2)
 DK_DECLARE(avx512)
+#if __has_include(<avx512bf16intrin.h>)
+#define DK_HAS_AVX512BF16
+DK_DECLARE(avx512bf16)
+#endif
 #endif
 #undef DK_DECLARE
 
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  void (*run)(const ChunkParams&, int, float*);
-  int64_t (*scratch_floats)(const ChunkParams&, int);
-  void (*map)(char, const float*, float*, int64_t);
-};
-
-constexpr int kAtMost = 3;
+constexpr int kAtMost = 4;
 struct Available {
   InstructionSet sets[kAtMost];
   const char* names[kAtMost + 1] = {};
@@ -50,11 +64,15 @@ const Available& available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw"))
-      a.add({"avx512", &avx512::run, &avx512::scratch_floats, &avx512::map});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) a.add({"avx2", &avx2::run, &avx2::scratch_floats, &avx2::map});
+        __builtin_cpu_supports("avx512bw")) {
+#if defined(DK_HAS_AVX512BF16)
+      if (__builtin_cpu_supports("avx512bf16")) a.add(avx512bf16::set);
 #endif
-    a.add({"baseline", &baseline::run, &baseline::scratch_floats, &baseline::map});
+      a.add(avx512::set);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) a.add(avx2::set);
+#endif
+    a.add(baseline::set);
     return a;
   }();
   return found;
@@ -84,7 +102,7 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 void ask_for_huge_pages(const ChunkParams& p) {
   const int64_t entry = static_cast<int64_t>(sizeof(float)) * p.vocabulary;
   if (p.d_weight != nullptr) ask_for_huge_pages(p.d_weight, entry * p.student.dim);
-  ask_for_huge_pages(p.student.logits, entry * p.stride);
+  if (p.student.logits != nullptr) ask_for_huge_pages(p.student.logits, entry * p.stride);
   if (p.teacher.logits != nullptr) ask_for_huge_pages(p.teacher.logits, entry * p.stride);
 }
 
@@ -110,6 +128,23 @@ bool run_math_function(char which, const float* in, float* out, int64_t count, c
   if (set == nullptr) return false;
   set->map(which, in, out, count);
   return true;
+}
+
+bool run_multiply(const float* a, const float* b, float* c, int64_t rows, int64_t depth, const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  if (set == nullptr) return false;
+  set->multiply(a, b, c, rows, depth);
+  return true;
+}
+
+double multiply_add_rate(int64_t count, const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  if (set == nullptr) return -1.0;
+  float sink = 1e-3f;
+  const auto begin = std::chrono::steady_clock::now();
+  const double operations = set->multiply_adds(count, &sink);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return sink == 0.0f ? 0.0 : operations / seconds;
 }
 
 }  // namespace distill_kernels

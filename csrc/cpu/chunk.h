@@ -17,4 +17,10 @@ const char* const* available_instruction_sets();
 // Element-wise exp ('e'), log ('l') or tanh ('t') of an instruction set, so that their error can be tested.
 bool run_math_function(char which, const float* in, float* out, int64_t count, const char* instruction_set);
 
+// C ← A · B on the register tiles alone: A (rows, depth), B (depth, 64), C (rows, 64).
+bool run_multiply(const float* a, const float* b, float* c, int64_t rows, int64_t depth, const char* instruction_set);
+
+// Floating-point operations a second that one thread reaches in `count` rounds of multiply-adds on registers: the peak. −1 likewise.
+double multiply_add_rate(int64_t count, const char* instruction_set);
+
 }  // namespace distill_kernels

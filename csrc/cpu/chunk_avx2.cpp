@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

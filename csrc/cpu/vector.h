@@ -13,11 +13,24 @@ DK_INLINE Vector load(const float* from) {
 }
 DK_INLINE void store(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
 typedef uint16_t Halves __attribute__((vector_size(2 * DK_LANES)));
-DK_INLINE Halves load_halves(const uint16_t* from) {
+DK_INLINE Halves load(const uint16_t* from) {
   Halves v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
+DK_INLINE void store(uint16_t* to, Halves v) { __builtin_memcpy(to, &v, sizeof v); }
+
+// What one lane of a product multiplies, 4 bytes either way: a float, or two bfloat16 that are neighbours along the depth.
+struct Pair {
+  uint16_t low, high;
+};
+DK_INLINE Integers load(const Pair* from) {
+  Integers v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+DK_INLINE void store(Pair* to, Integers v) { __builtin_memcpy(to, &v, sizeof v); }
+DK_INLINE Integers pairs(Halves low, Halves high) { return __builtin_convertvector(low, Integers) | __builtin_convertvector(high, Integers) << 16; }
 
 DK_INLINE Vector as_float(Integers v) { return reinterpret_cast<Vector>(v); }
 DK_INLINE Integers as_bits(Vector v) { return reinterpret_cast<Integers>(v); }
@@ -79,6 +92,9 @@ DK_INLINE Vector log(Vector x) {
   y = y * m * square - e * 2.12194440e-4f - 0.5f * square;
   return select(x == x, m + y + e * 0.693359375f, x);
 }
+
+// What is done for each token once, after the sweeps, is done in double, by the same generated code.
+static DK_INLINE double exp(double x) { return ::exp(x); }
 
 // tanh x, absolute error below 1e-7 (tested); near 0 the odd series, for 1 − 2/(e²ˣ + 1) loses its digits there, as it does below.
 DK_INLINE Vector tanh(Vector x) {

@@ -9,16 +9,23 @@ DK_INLINE T log_mixture(T log_a, T log_b, float weight) {
 
 // KL(p‖q), the classic of Hinton, Vinyals and Dean (2015).
 struct forward_kl {
+  static constexpr bool one_pass = true;
   static forward_kl from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
     const auto p = exp(log_p);
     return {p * (log_p - log_q), (-p)};
   }
+  template <class T>
+  DK_INLINE ValueSlope<T> renormalise(T value, T slope, T excess_p, T excess_q) const {
+    const auto scale = exp((-excess_p));
+    return {scale * (value + (slope * (excess_p - excess_q))), scale * slope};
+  }
 };
 
 // KL(q‖p), mode seeking: MiniLLM (Gu et al. 2024) and on-policy distillation.
 struct reverse_kl {
+  static constexpr bool one_pass = true;
   static reverse_kl from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -26,11 +33,19 @@ struct reverse_kl {
     const auto value = q * (log_q - log_p);
     return {value, value + q};
   }
+  template <class T>
+  DK_INLINE ValueSlope<T> renormalise(T value, T slope, T excess_p, T excess_q) const {
+    const auto scale = exp((-excess_q));
+    const auto mass = slope - value;
+    const auto right = scale * (value + (mass * (excess_p - excess_q)));
+    return {right, right + (scale * mass)};
+  }
 };
 
 // weight·KL(p‖q) + (1 − weight)·KL(q‖p), as in torchtune.
 struct symmetric_kl {
   float weight;
+  static constexpr bool one_pass = false;
   static symmetric_kl from(const float* parameters) { return {parameters[0]}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -44,6 +59,7 @@ struct symmetric_kl {
 // β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q: the generalised JSD of GKD (Agarwal et al. 2024), Liger and TRL.
 struct jensen_shannon {
   float beta;
+  static constexpr bool one_pass = false;
   static jensen_shannon from(const float* parameters) { return {parameters[0]}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -56,6 +72,7 @@ struct jensen_shannon {
 // KL(p‖αp + (1 − α)q), DistiLLM (Ko et al. 2024).
 struct skew_forward_kl {
   float alpha;
+  static constexpr bool one_pass = false;
   static skew_forward_kl from(const float* parameters) { return {parameters[0]}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -68,6 +85,7 @@ struct skew_forward_kl {
 // KL(q‖(1 − α)p + αq), DistiLLM (Ko et al. 2024).
 struct skew_reverse_kl {
   float alpha;
+  static constexpr bool one_pass = false;
   static skew_reverse_kl from(const float* parameters) { return {parameters[0]}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -80,6 +98,7 @@ struct skew_reverse_kl {
 
 // ½·Σ|p − q|.
 struct total_variation {
+  static constexpr bool one_pass = false;
   static total_variation from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -94,6 +113,7 @@ struct total_variation {
 struct alpha_beta {
   float alpha;
   float beta;
+  static constexpr bool one_pass = false;
   static alpha_beta from(const float* parameters) { return {parameters[0], parameters[1]}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -106,6 +126,7 @@ struct alpha_beta {
 
 // ½·Σ(√p − √q)².
 struct squared_hellinger {
+  static constexpr bool one_pass = false;
   static squared_hellinger from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T log_p, T log_q) const {
@@ -118,10 +139,18 @@ struct squared_hellinger {
 
 // H(q) = −Σ q·log q: a body of the same kind, but no divergence, for it has no teacher. It serves `token_logprobs`.
 struct student_entropy {
+  static constexpr bool one_pass = true;
   static student_entropy from(const float*) { return {}; }
   template <class T>
   DK_INLINE ValueSlope<T> operator()(T, T log_q) const {
     const auto q = exp(log_q);
     return {(-q) * log_q, (-q) * (log_q + 1.0f)};
+  }
+  template <class T>
+  DK_INLINE ValueSlope<T> renormalise(T value, T slope, T, T excess_q) const {
+    const auto scale = exp((-excess_q));
+    const auto mass = value - slope;
+    const auto right = scale * (value + (mass * excess_q));
+    return {right, right - (scale * mass)};
   }
 };

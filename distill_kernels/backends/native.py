@@ -1,7 +1,8 @@
-"""The native backend: the chunked schedule on CPU, a chunk's products and everything between them compiled from csrc/cpu.
+"""The native backend: a chunk's products and everything between them on CPU, compiled from csrc/cpu.
 
-The kernels multiply straight from the heads as they lie in memory, float32 or 16-bit, and accumulate in float32; csrc/cpu/chunk.inc
-says how. They run on the widest instruction set of the processor at hand, and on torch's threads.
+The kernels multiply straight from the heads as they lie in memory, float32 or 16-bit, and accumulate in float32; csrc/cpu/README.md
+says how. Where no gradient is asked for they keep no logits. They run on the widest instruction set of the processor at hand, and on
+torch's threads.
 """
 
 import math
@@ -22,6 +23,7 @@ except ImportError as error:
 INSTRUCTION_SET = ""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
 NO_MATRIX = (0, 0, 0)
+SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: a thousand tokens and more share each pass over the heads
 MOST_VOCABULARY = 2**31 - 1  # vocabulary entries are 32-bit in vector registers
 
 
@@ -51,30 +53,48 @@ def why_not(problem: Problem) -> str | None:
 
 def schedule(problem: Problem) -> Schedule:
     """Its scratch, and the chunk's gathered rows. Above eight threads it grows with their number."""
-    fixed, share = _scratch_bytes(problem, torch.get_num_threads())
+    # Linear in the tokens, but for hidden states that are padded to whole panels: the least chunk's padding bounds every other's.
+    least, panel, threads = _native.token_alignment, _native.panel, torch.get_num_threads()
+    share = (_scratch_bytes(problem, 2 * panel, threads) - _scratch_bytes(problem, panel, threads)) // panel
+    fixed = _scratch_bytes(problem, least, threads) - least * share
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
-    return Schedule(token_alignment=_native.token_alignment, token_bytes=share + gathered, fixed_bytes=fixed)
+    keeps, reason = _keeps_logits(problem)
+    return Schedule(
+        name="chunked" if keeps else "tile-fused",
+        reason=reason,
+        keeps_logits=keeps,
+        most_bytes=None if keeps else SWEEP_BYTES,
+        token_alignment=_native.token_alignment,
+        token_bytes=share + gathered,
+        fixed_bytes=fixed,
+    )
 
 
-def _scratch_bytes(problem: Problem, threads: int) -> tuple[int, int]:
-    """The kernel's own count of its scratch: a constant, and a share for each token."""
-    alignment = _native.token_alignment
+def _keeps_logits(problem: Problem) -> tuple[bool, str]:
+    """Whether the logits of a chunk outlive the tile that they are made on, and why."""
+    if problem.gradient:
+        return True, "gradients are made from logits once the log-sum-exps are known; keeping those saves 1S + 1T"
+    if problem.divergence is not None and not problem.divergence.one_pass:
+        return True, f"{problem.divergence.name} is summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
+    if problem.stats:
+        return True, "the stats are summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
+    return False, "without gradients one pass over the heads sums everything, so no logits are kept"
 
-    def scratch(tokens):
-        sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem)}
-        return 4 * _native.chunk_scratch_floats(sizes, threads, INSTRUCTION_SET)
 
-    share = (scratch(2 * alignment) - scratch(alignment)) // alignment
-    return scratch(alignment) - alignment * share, share
+def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
+    """The kernel's own count of its scratch for a chunk of `tokens`, a multiple of the alignment."""
+    sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem)}
+    return 4 * _native.chunk_scratch_floats(sizes, threads, INSTRUCTION_SET)
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
     stride, threads = plan.chunk_tokens, torch.get_num_threads()  # read once: the scratch is sized by it
-    fixed, share = _scratch_bytes(problem, threads)
     memory = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-    scratch = torch.empty((fixed + stride * share) // 4, **memory)
-    logits = [torch.empty(problem.vocabulary, stride, **memory) for _ in range(2 if problem.teacher_dim else 1)]
+    scratch = torch.empty(_scratch_bytes(problem, stride, threads) // 4, **memory)
+    logits = [None, None]
+    if plan.schedule == "chunked":
+        logits = [torch.empty(problem.vocabulary, stride, **memory) for _ in range(2 if problem.teacher_dim else 1)]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
     common = _nothing(problem)
@@ -111,15 +131,16 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 def _nothing(problem: Problem) -> dict:
     """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be."""
     divergence = problem.divergence
+    logits = int(_keeps_logits(problem)[0])
 
-    def model(dim, scale, softcap):
-        weight = (1, 0, dim) if dim else NO_MATRIX
-        return {"hidden": NO_MATRIX, "weight": weight, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": 0}
+    def model(dim, dtype, scale, softcap):
+        matrix = (1, ELEMENTS[dtype], dim) if dim else NO_MATRIX
+        return {"hidden": matrix, "weight": matrix, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": logits * bool(dim)}
 
     return {
         "vocabulary": problem.vocabulary,
-        "student": model(problem.student_dim, problem.student_logit_scale, problem.student_softcap),
-        "teacher": model(problem.teacher_dim, problem.teacher_logit_scale, problem.teacher_softcap),
+        "student": model(problem.student_dim, problem.student_dtype, problem.student_logit_scale, problem.student_softcap),
+        "teacher": model(problem.teacher_dim, problem.teacher_dtype, problem.teacher_logit_scale, problem.teacher_softcap),
         "labels": 0,
         "coefficients": 0,
         "terms": 0,
