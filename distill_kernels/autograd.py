@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill_kernels import backends
+from distill_kernels import backends, memory
 from distill_kernels.chunked import empty_outputs
 from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
@@ -166,7 +166,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _rounded(gradient, dtype):
-    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+    return gradient if gradient.dtype == dtype else memory.empty(*gradient.shape, like=gradient, dtype=dtype).copy_(gradient)
 
 
 terms.register_autograd(_backward, setup_context=_save)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from distill_kernels import memory
 from distill_kernels.plan import Plan
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
 
@@ -41,7 +42,7 @@ def empty_outputs(problem: Problem, like: torch.Tensor) -> Outputs:
     """Tensors of the outputs' shapes and dtypes, unwritten."""
 
     def new(wanted, *shape):
-        return like.new_empty(shape if wanted else (0,), dtype=problem.compute_dtype)
+        return memory.empty(*(shape if wanted else (0,)), like=like, dtype=problem.compute_dtype)
 
     return Outputs(
         new(True, problem.tokens, len(TERMS)),

@@ -80,13 +80,15 @@ def functor(name, body) -> str:
     members = "".join(f"  float {p};\n" for p in parameters)
     loads = ", ".join(f"parameters[{i}]" for i in range(len(parameters)))
     renormalise = getattr(body, "renormalise", None)
+    methods = method("operator()", body, ("log_p", "log_q"))
+    if renormalise is not None:
+        methods += method("renormalise", renormalise, tuple(inspect.signature(renormalise).parameters))
     return (
         f"// {inspect.getdoc(body).splitlines()[0]}\n"
         f"struct {name} {{\n{members}"
         f"  static constexpr bool one_pass = {'false' if renormalise is None else 'true'};\n"
         f"  static {name} from(const float*{' parameters' if parameters else ''}) {{ return {{{loads}}}; }}\n"
-        f"{method('operator()', body, ('log_p', 'log_q'))}"
-        f"{'' if renormalise is None else method('renormalise', renormalise, tuple(inspect.signature(renormalise).parameters))}}};\n"
+        f"{methods}}};\n"
     )
 
 

@@ -18,7 +18,8 @@ class Schedule:
     name: str = "chunked"
     reason: str = "the backend's only schedule"
     keeps_logits: bool = True  # of a chunk's tokens over the whole vocabulary
-    most_bytes: int | None = None  # more workspace than this would not make it faster
+    most_tokens: int | None = None  # larger chunks would not be faster
+    most_bytes: int | None = None  # nor would more workspace
     token_alignment: int = 1  # chunks are allocated in multiples of this
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
@@ -79,6 +80,8 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
             f"workspace_mib={problem.workspace_mib} cannot hold the {'logits' if schedule.keeps_logits else 'sums'} of {alignment} "
             f"token{'s' * (alignment > 1)} at vocabulary size {problem.vocabulary}; it needs at least {needed}"
         )
+    if schedule.most_tokens is not None:
+        most = min(most, schedule.most_tokens)
     chunks = max(1, -(-problem.tokens // most))
     even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
     chunk_tokens = max(alignment, -(-even // alignment) * alignment)

@@ -15,6 +15,9 @@ from distill_kernels.divergences import Divergence
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 SWEEPS = (None, "int8", "fp8")
+# Holds the logits of 90 tokens at V = 262,144 and of 180 at 129,280. Each pass over a head is shared by a chunk's tokens; with fewer,
+# 16-bit heads wait for memory (benchmarks/README.md has the measurement).
+WORKSPACE_MIB = 192
 VOCAB_MISMATCH = ("error", "truncate")
 
 # Columns of a call's per-token results.
@@ -57,7 +60,7 @@ class Problem:
     d_bias: bool = False
     stats: bool = False
     compact: bool = False  # some tokens may be masked
-    workspace_mib: int = 64
+    workspace_mib: int = WORKSPACE_MIB
 
     @property
     def compute_dtype(self) -> torch.dtype:

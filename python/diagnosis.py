@@ -23,7 +23,7 @@ def plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     backend: str = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int = contract.WORKSPACE_MIB,
 ) -> Plan:
     """Chunks, workspace, peak memory and flops of a `distillation_loss` call with N = tokens, V = vocabulary, D_s and D_t.
 

@@ -40,7 +40,7 @@ def distillation_loss(
     seed: int | None = None,
     sweep: str | None = None,
     backend: str = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int = contract.WORKSPACE_MIB,
     process_group=None,
 ) -> Tensor:
     """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
@@ -167,7 +167,7 @@ def token_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
-    workspace_mib: int = 64,
+    workspace_mib: int = contract.WORKSPACE_MIB,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
 

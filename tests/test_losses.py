@@ -381,14 +381,15 @@ def test_several_chunks_match_reference(dtype, masked, reduction, backend, monke
         return run(problem, tensors, plan, counted)
 
     monkeypatch.setattr(chunked, "run", counted_run)
-    tokens, vocabulary = 97, 9000
+    tokens, vocabulary = 97, 6000
     options = {"labels": make_labels(tokens, vocabulary), "ce_weight": 0.5, "token_weight": make_token_weight(tokens)} if masked else {}
     inputs = make_inputs("grid", tokens, vocabulary, 24, 16, dtype=dtype, bias=True)
     check_loss(
         inputs,
         upstream=per_token(tokens) if reduction == "none" else 1.7,
         divergence=divergences.jensen_shannon(0.3),
-        workspace_mib=1 if backend == "torch" else 3,  # what the native kernels need besides logits
+        # What the native kernels need besides logits: 16-bit heads are converted a block at a time.
+        workspace_mib=3 if backend == "native" and dtype is not torch.float32 else 1,
         reduction=reduction,
         backend=backend,
         **options,
@@ -517,7 +518,7 @@ def test_stats_leave_the_loss_as_it_is(reduction, backend):
 
 @BOTH
 def test_stats_of_several_chunks_match_reference(backend, one_thread):
-    tokens, vocabulary = 97, 9000
+    tokens, vocabulary = 97, 6000
     inputs = make_inputs("moderate", tokens, vocabulary, 24, 16)
     check_stats(inputs, labels=make_labels(tokens, vocabulary), workspace_mib=3, backend=backend)
 

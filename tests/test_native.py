@@ -6,6 +6,7 @@ from accuracy import DIVERGENCES, check_loss, everything, make_inputs, make_labe
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, token_logprobs
 from distill_kernels.backends import native
+from distill_kernels.problem import WORKSPACE_MIB
 
 if native._native is None:
     pytest.skip("the compiled extension was not built", allow_module_level=True)
@@ -90,7 +91,7 @@ def test_exp_is_within_its_bound(isa):
 @ISA
 def test_exp_at_the_ends_is_zero_infinity_or_nan(isa):
     inf = float("inf")
-    _, got = evaluate("e", [0.0, -0.0, -87.34, -104.0, -1e4, -3e38, -inf, 88.38, 89.0, 3e38, inf, float("nan")], isa)
+    _, got = evaluate("e", [0.0, -0.0, -87.34, -104.0, -1e4, -3e38, -inf, 88.73, 89.0, 3e38, inf, float("nan")], isa)
     assert got[:2].tolist() == [1.0, 1.0]
     assert (got[2:7] == 0).all()
     assert (got[7:11] == inf).all()
@@ -244,4 +245,4 @@ def test_native_ignores_the_default_dtype(default):
 def test_native_plan_has_room_on_many_cores(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native")
-    assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= 64 * 2**20
+    assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= WORKSPACE_MIB * 2**20

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import distill_kernels
 from distill_kernels import backends, distillation_loss
+from distill_kernels.backends import native
 from distill_kernels.plan import MIB, Schedule, make_plan
 from distill_kernels.problem import Problem
 
@@ -128,8 +129,8 @@ def test_workspace_of_both_backends_stays_within_what_was_given(name, dtype, wor
         assert workspace_mib == 16 and re.search(r"cannot hold the logits of 1?\d tokens?", str(error))
         return
     assert plan.workspace_bytes <= workspace_mib * MIB
-    # Most of what was given is used, once there are tokens to fill it.
-    if shape[0] >= 8192 and workspace_mib >= 64:
+    # Most of what was given is used, once there are tokens to fill it, up to where larger chunks are no faster.
+    if shape[0] >= 8192 and workspace_mib >= 64 and plan.chunk_tokens < native.CHUNK_TOKENS:
         assert plan.workspace_bytes > 0.5 * workspace_mib * MIB
 
 

@@ -69,9 +69,10 @@ def layer(name):
 
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
-SHARED = {"divergences", "problem", "plan"}
+SHARED = {"divergences", "problem", "plan", "memory"}
 ALLOWED = {
     "divergences": set(),
+    "memory": set(),
     "problem": {"divergences"},
     "plan": {"divergences", "problem"},
     "chunked": SHARED,

@@ -5,10 +5,6 @@
 #include <chrono>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace distill_kernels {
 
 namespace {
@@ -86,26 +82,6 @@ const InstructionSet* find(const char* name) {
   return nullptr;
 }
 
-// Asks for pages of 2 MiB where memory is touched for the first time: a head's gradient would otherwise take a page fault for every
-// 4 KiB, which is a tenth of the time of its products.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-void ask_for_huge_pages(const ChunkParams& p) {
-  const int64_t entry = static_cast<int64_t>(sizeof(float)) * p.vocabulary;
-  if (p.d_weight != nullptr) ask_for_huge_pages(p.d_weight, entry * p.student.dim);
-  if (p.student.logits != nullptr) ask_for_huge_pages(p.student.logits, entry * p.stride);
-  if (p.teacher.logits != nullptr) ask_for_huge_pages(p.teacher.logits, entry * p.stride);
-}
-
 }  // namespace
 
 const char* const* available_instruction_sets() { return available().names; }
@@ -118,7 +94,6 @@ int64_t chunk_scratch_floats(const ChunkParams& params, int threads, const char*
 bool run_chunk(const ChunkParams& params, int threads, float* scratch, const char* instruction_set) {
   const InstructionSet* set = find(instruction_set);
   if (set == nullptr) return false;
-  if (params.first) ask_for_huge_pages(params);
   set->run(params, threads, scratch);
   return true;
 }

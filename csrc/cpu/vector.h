@@ -53,12 +53,17 @@ DK_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 DK_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 DK_INLINE Vector sign(Vector a) { return select(a > 0.0f, broadcast(1.0f), select(a < 0.0f, broadcast(-1.0f), Vector{})); }
 
-// e^x, relative error below 2e-7 (tested); 0 below the smallest normal number, infinity above 88.37; NaN stays NaN.
+// e^x, relative error below 2e-7 (tested); 0 below the smallest normal number, infinity from 88.73 at the latest; NaN stays NaN.
 // x = n·ln 2 + r with |r| ≤ ½·ln 2 (n·ln 2 in two parts, Cody and Waite 1980); e^r by a degree-7 polynomial (Cephes expf).
 DK_INLINE Vector exp(Vector x) {
+#ifdef DK_SCALE
+  const Vector in = maximum(broadcast(-104.0f), x);  // so that −∞ is not subtracted from −∞
+  const Vector n = DK_ROUND(in * 1.44269504088896341f);
+#else
   const Vector in = minimum(broadcast(88.3762f), maximum(broadcast(-87.3365f), x));
   const Vector round_to_integer = broadcast(12582912.0f);  // 1.5·2²³: adding it leaves the nearest integer in the low bits
   const Vector n = (in * 1.44269504088896341f + round_to_integer) - round_to_integer;
+#endif
   const Vector r = (in - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector y = broadcast(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
@@ -67,8 +72,12 @@ DK_INLINE Vector exp(Vector x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
+#ifdef DK_SCALE
+  return select(x < -87.3365f, Vector{}, DK_SCALE(y, n));
+#else
   const Vector power = as_float((__builtin_convertvector(n, Integers) + 127) << 23);
   return select(x < -87.3365f, Vector{}, select(x > 88.3762f, broadcast(__builtin_inff()), y * power));
+#endif
 }
 
 // ln x for x ≥ 2⁻¹²⁶ (smaller arguments are taken as that), absolute error below 1e-7·max(1, |ln x|) (tested); NaN stays NaN.

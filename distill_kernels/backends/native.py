@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from distill_kernels import chunked
+from distill_kernels import chunked, memory
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Schedule, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
@@ -23,6 +23,7 @@ except ImportError as error:
 INSTRUCTION_SET = ""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
 NO_MATRIX = (0, 0, 0)
+CHUNK_TOKENS = 192  # of the chunked schedule: then products no longer wait for memory, and more would be fresh pages to clear
 SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: a thousand tokens and more share each pass over the heads
 MOST_VOCABULARY = 2**31 - 1  # vocabulary entries are 32-bit in vector registers
 
@@ -63,6 +64,7 @@ def schedule(problem: Problem) -> Schedule:
         name="chunked" if keeps else "tile-fused",
         reason=reason,
         keeps_logits=keeps,
+        most_tokens=CHUNK_TOKENS if keeps else None,
         most_bytes=None if keeps else SWEEP_BYTES,
         token_alignment=_native.token_alignment,
         token_bytes=share + gathered,
@@ -90,11 +92,11 @@ def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
     stride, threads = plan.chunk_tokens, torch.get_num_threads()  # read once: the scratch is sized by it
-    memory = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-    scratch = torch.empty(_scratch_bytes(problem, stride, threads) // 4, **memory)
+    float32 = {"like": tensors.student_hidden, "dtype": torch.float32}
+    scratch = memory.empty(_scratch_bytes(problem, stride, threads) // 4, **float32)
     logits = [None, None]
     if plan.schedule == "chunked":
-        logits = [torch.empty(problem.vocabulary, stride, **memory) for _ in range(2 if problem.teacher_dim else 1)]
+        logits = [memory.empty(problem.vocabulary, stride, **float32) for _ in range(2 if problem.teacher_dim else 1)]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
     common = _nothing(problem)
