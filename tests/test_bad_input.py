@@ -236,10 +236,10 @@ BAD_BACKENDS = [
     *[
         (f"workspace_too_small_for_{name}",
          lambda call, name=name: {
-             "student_hidden": torch.zeros(4, 1), "student_weight": torch.zeros(300_000, 1), "teacher_hidden": torch.zeros(4, 1),
-             "teacher_weight": torch.zeros(300_000, 1), "workspace_mib": 1, "backend": name},
+             "student_hidden": torch.zeros(4, 1), "student_weight": torch.zeros(3_000_000, 1), "teacher_hidden": torch.zeros(4, 1),
+             "teacher_weight": torch.zeros(3_000_000, 1), "workspace_mib": 1, "backend": name},
          ValueError,
-         r"^workspace_mib=1 cannot hold the (logits|sums) of \d+ tokens? at vocabulary size 300000; it needs at least \d+$")
+         r"^workspace_mib=1 cannot hold the (logits|sums) of \d+ tokens? at vocabulary size 3000000; it needs at least \d+$")
         for name in ("torch", "native")
     ],
 ]  # fmt: skip
