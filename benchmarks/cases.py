@@ -39,12 +39,21 @@ class Case:
             yield torch.randn(self.vocabulary, dim) / dim**0.5
 
     @property
+    def forward_flops(self):
+        return 2 * self.tokens * self.vocabulary * (self.student_dim + self.teacher_dim)
+
+    @property
     def product_flops(self):
-        return 2 * self.tokens * self.vocabulary * (3 * self.student_dim + self.teacher_dim)
+        return self.forward_flops + 4 * self.tokens * self.vocabulary * self.student_dim
 
 
 SMOLLM2 = Case("smollm2", 1024, 49152, 576, 576, real=True)
-LATENCY_CASES = (SMOLLM2, Case("v129280-d576", 1024, 129280, 576, 576), Case("v129280-d1024", 512, 129280, 1024, 2048))
+LATENCY_CASES = (
+    SMOLLM2,
+    Case("v129280-d576", 1024, 129280, 576, 576),
+    Case("v129280-d1024", 512, 129280, 1024, 2048),
+    Case("v262144-d640", 64, 262144, 640, 640),
+)
 
 
 def _smollm2(tokens):
@@ -71,6 +80,47 @@ def fused(backend, **options) -> Callable:
     return lambda *tensors: distill_kernels.distillation_loss(*tensors, backend=backend, **options)
 
 
+def peers() -> dict[str, Callable]:
+    """The same forward KL by other libraries, those that are installed: losses of the tensors, averaged over tokens."""
+    found = {}
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        pass
+    else:
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+
+        def liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
+            labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64)
+            loss = liger(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+            return loss[0] if isinstance(loss, tuple) else loss
+
+        found["liger"] = liger_loss
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError:
+        pass
+    else:
+
+        def trl_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
+            # Biases, beta, temperature, then scale and softcap of either model.
+            student, teacher, options = (student_hidden, student_weight, None), (teacher_hidden, teacher_weight, None), (0.0, 1.0)
+            return ChunkedDivergenceFunction.apply(*student, *teacher, *options, 1.0, None, 1.0, None)[0].mean()
+
+        found["trl"] = trl_loss
+    return found
+
+
+def forward_only(loss) -> Callable:
+    """The value alone, as in an evaluation."""
+
+    def step(*tensors):
+        with torch.no_grad():
+            return loss(*tensors)
+
+    return step
+
+
 def forward_backward(loss) -> Callable:
     """The whole step of a loss: value and both gradients."""
 
@@ -83,16 +133,22 @@ def forward_backward(loss) -> Callable:
     return step
 
 
-def products(tensors) -> Callable:
-    """The four matrix products alone, in the tensors' dtype."""
-    student_hidden, student_weight, teacher_hidden, teacher_weight = (t.detach() for t in tensors)
-    dz = torch.randn(student_hidden.shape[0], student_weight.shape[0]).to(student_hidden.dtype)
-
-    def step():
+def forward_products(student_hidden, student_weight, teacher_hidden, teacher_weight):
+    """The two products of the logits alone, in the tensors' dtype."""
+    with torch.no_grad():
         student_hidden @ student_weight.T
         teacher_hidden @ teacher_weight.T
-        dz @ student_weight
-        dz.T @ student_hidden
+
+
+def all_products(student_hidden, student_weight) -> Callable:
+    """A step of the four products of loss and gradients alone, in the tensors' dtype."""
+    dz = torch.randn(student_hidden.shape[0], student_weight.shape[0]).to(student_hidden.dtype)
+
+    def step(*tensors):
+        forward_products(*tensors)
+        with torch.no_grad():
+            dz @ tensors[1]
+            dz.T @ tensors[0]
 
     return step
 

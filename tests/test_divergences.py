@@ -397,3 +397,20 @@ def test_codegen_check_tells_fresh_from_stale(monkeypatch, tmp_path):
     assert module.main() == 0
     (tmp_path / "generated" / "divergences.h").write_text("// edited\n")
     assert module.main() == 1
+
+
+@pytest.mark.parametrize("divergence", [resolve("forward_kl"), resolve("reverse_kl"), divergences.STUDENT_ENTROPY], ids=str)
+@pytest.mark.parametrize("excess_p, excess_q", [(0.0, 0.0), (3.0, -1.5), (-2.0, 7.0), (0.4, 0.4)])
+def test_renormalised_sums_are_those_of_the_log_probabilities(divergence, excess_p, excess_q):
+    assert divergence.one_pass
+    log_p, log_q = pair()
+    wanted = [part.sum(-1) for part in divergence(log_p, log_q)]
+    early = [part.sum(-1) for part in divergence(log_p + excess_p, log_q + excess_q)]
+    excess = (torch.tensor(x, dtype=torch.float64) for x in (excess_p, excess_q))
+    got = divergence.body.renormalise(*early, *excess)
+    for name, x, y in zip(("value", "slope"), got, wanted, strict=True):
+        assert_close64(name, x, y)
+
+
+def test_only_what_can_be_renormalised_is_summed_in_one_pass():
+    assert [d.name for d in DIVERGENCES if d.one_pass] == ["forward_kl", "reverse_kl"]

@@ -1,3 +1,4 @@
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -246,3 +247,95 @@ def test_native_plan_has_room_on_many_cores(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native")
     assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= WORKSPACE_MIB * 2**20
+
+
+NO_GRADIENT = {"hidden_gradient": False, "weight_gradient": False}
+
+
+@pytest.mark.parametrize(
+    "options, schedule, reason",
+    [
+        (NO_GRADIENT, "tile-fused", "without gradients"),
+        (NO_GRADIENT | {"divergence": "reverse_kl"}, "tile-fused", "without gradients"),
+        (NO_GRADIENT | {"divergence": divergences.jensen_shannon(0.3)}, "chunked", "jensen_shannon"),
+        ({"weight_gradient": False}, "chunked", "gradients"),
+        ({}, "chunked", "gradients"),
+        ({"reduction": "none"}, "chunked", "gradients"),  # of backward, where the memory is needed
+    ],
+)
+def test_plan_names_its_schedule_and_why(options, schedule, reason):
+    planned = plan(4096, 128256, 2048, 4096, backend="native", **options)
+    assert planned.schedule == schedule and reason in planned.reason
+    assert f"schedule    {schedule}: {planned.reason}" in str(planned)
+
+
+@pytest.mark.parametrize("shape", [(1, 49152, 576, 576), (4096, 49152, 576, 576), (4096, 128256, 2048, 4096), (100_000, 262144, 640, 640)])
+def test_tile_fused_workspace_is_bounded(shape):
+    assert plan(*shape, backend="native", **NO_GRADIENT).workspace_bytes <= 32 * 2**20
+
+
+@pytest.fixture
+def largest(monkeypatch):
+    """Elements of the largest tensor that the backend allocated."""
+    sizes = [0]
+    empty = native.memory.empty
+    monkeypatch.setattr(native.memory, "empty", lambda *shape, **kwargs: sizes.append(math.prod(shape)) or empty(*shape, **kwargs))
+    return lambda: max(sizes)
+
+
+def test_evaluation_holds_no_logits(largest):
+    tokens, vocabulary = 512, 20_000
+    inputs = make_inputs("moderate", tokens, vocabulary, 8, 8)
+    distillation_loss(*inputs[:4], backend="native")
+    assert 0 < largest() < tokens * vocabulary / 8
+    token_logprobs(inputs.student_hidden, inputs.student_weight, make_labels(tokens, vocabulary), backend="native")
+    assert largest() < tokens * vocabulary / 8
+    distillation_loss(*inputs[:4], backend="native", divergence="total_variation")
+    assert largest() >= 160 * vocabulary
+
+
+@ISA
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_value_has_the_same_bits_with_gradients_and_without(forced, isa, divergence):
+    tokens, vocabulary = 150, 2500
+    inputs = make_inputs("realistic", tokens, vocabulary, 24, 40, bias=True)
+    options = {
+        "temperature": 2.0,
+        "student_softcap": 15.0,
+        "student_bias": inputs.student_bias,
+        "backend": "native",
+        "divergence": divergence,
+    }
+    alone = distillation_loss(*inputs[:4], reduction="none", **options)
+    leaves = [inputs.student_hidden.clone().requires_grad_(), inputs.student_weight.clone().requires_grad_()]
+    for n in range(0, tokens, 37):
+        only = (torch.arange(tokens) == n).float()
+        with_gradient = distillation_loss(*leaves, *inputs[2:4], token_weight=only, reduction="sum", **options)
+        assert with_gradient.requires_grad and with_gradient.item() == alone[n].item()
+
+
+@ISA
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("low", [float("-inf"), -3e4])
+def test_tile_fused_with_entries_below_the_floor_matches_the_chunked(forced, isa, divergence, low):
+    """Such entries count as constants, which one pass over the logits cannot know: the tokens are looked at again."""
+    tokens, vocabulary = 70, 2500
+    inputs = make_inputs("moderate", tokens, vocabulary, 24, 40, bias=True)
+    inputs.student_bias[100:300] = low
+    inputs.teacher_bias[200:400] = low
+    options = everything(tokens, vocabulary) | {"student_softcap": None, "teacher_softcap": None, "num_items": None}
+    check_loss(inputs, divergence=divergence, backend="native", **options)
+    biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+    alone = distillation_loss(*inputs[:4], divergence=divergence, backend="native", **biases, **options)
+    other = distillation_loss(*inputs[:4], divergence=divergence, backend="torch", **biases, **options)
+    torch.testing.assert_close(alone, other, rtol=1e-5, atol=0)
+    leaves = [inputs.student_hidden.clone().requires_grad_(), inputs.student_weight]
+    assert alone.item() == distillation_loss(*leaves, *inputs[2:4], divergence=divergence, backend="native", **biases, **options).item()
+
+
+@ISA
+def test_register_tiles_multiply(isa):
+    a, b, c = torch.randn(96, 288), torch.randn(288, 64), torch.empty(96, 64)
+    native._native.multiply(a.data_ptr(), b.data_ptr(), c.data_ptr(), 96, 288, isa)
+    torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+    assert native._native.multiply_add_rate(1000, isa) > 1e8

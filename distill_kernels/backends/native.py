@@ -1,6 +1,6 @@
 """The native backend: a chunk's products and everything between them on CPU, compiled from csrc/cpu.
 
-The kernels multiply straight from the heads as they lie in memory, float32 or 16-bit, and accumulate in float32; csrc/cpu/README.md
+The kernels multiply straight from the heads as they lie in memory, float32 or 16-bit, and accumulate in float32; csrc/cpu/chunk.inc
 says how. Where no gradient is asked for they keep no logits. They run on the widest instruction set of the processor at hand, and on
 torch's threads.
 """
