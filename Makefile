@@ -1,5 +1,6 @@
 # make test: set everything up in .venv and run all tests.      make demo: distil a real teacher into a student.
 # make bench: the benchmarks.    make lint    make generate: print divergences.py as C++.    make clean
+# make sanitize: the native tests on builds with sanitizers: of addresses and undefined behaviour, and of races between threads.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,9 +9,11 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMMA := ,
+LIBRARY = $(shell $(CXX) -print-file-name=lib$(1).so)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo bench lint generate clean
+.PHONY: test demo bench sanitize lint generate clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -20,6 +23,22 @@ demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks
+
+# The package around an extension built with the flags $(2), in build/sanitize-$(1)/lib. -w: sanitizers make GCC warn of its own headers.
+SANITIZED = CFLAGS="-g -w $(2)" CXXFLAGS="-g -w $(2)" LDFLAGS="$(2)" DISTILL_KERNELS_REQUIRE_NATIVE=1 \
+	$(BIN)/python setup.py --quiet build --build-base build/sanitize-$(1) --build-lib build/sanitize-$(1)/lib
+
+# From the folder of the package, which "python -m" puts before the installed one. libstdc++: without it in the process from the start,
+# the sanitizer does not find what to call when torch throws. --capture=sys: pytest would keep to itself what a report says. There is no
+# torch where races are looked for: tests/race_driver.py says why.
+sanitize: $(INSTALLED)
+	$(call SANITIZED,address,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+	cd build/sanitize-address/lib && LD_PRELOAD=$(call LIBRARY,asan):$(call LIBRARY,stdc++) ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest --capture=sys \
+		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_fuzz.py
+	$(call SANITIZED,thread,-fsanitize=thread)
+	LD_PRELOAD=$(call LIBRARY,tsan) TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
+		$(BIN)/python tests/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,7 +17,8 @@
 #define DK_ROUND(v) reinterpret_cast<Vector>(_mm512_roundscale_ps(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT))
 #define DK_SCALE(v, n) reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(n)))
 // sum + left · right over two bfloat16 in each lane, exact products, float sums; and float rounded to the nearest bfloat16.
-#define DK_DOT(sum, left, right) reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)(left), (__m512bh)(right)))
+#define DK_DOT(sum, left, right) \
+  reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)(left), (__m512bh)(right)))
 #define DK_TO_BFLOAT16(v) ((Halves)(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))))
 #include "chunk.inc"
 #if defined(__clang__)

@@ -133,11 +133,12 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 def _nothing(problem: Problem) -> dict:
     """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be."""
     divergence = problem.divergence
-    logits = int(_keeps_logits(problem)[0])
+    keeps, _ = _keeps_logits(problem)
 
     def model(dim, dtype, scale, softcap):
         matrix = (1, ELEMENTS[dtype], dim) if dim else NO_MATRIX
-        return {"hidden": matrix, "weight": matrix, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": logits * bool(dim)}
+        logits = int(keeps and dim > 0)
+        return {"hidden": matrix, "weight": matrix, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": logits}
 
     return {
         "vocabulary": problem.vocabulary,

@@ -1,0 +1,108 @@
+"""Chunks on four threads and on one, bit for bit, for a build with ThreadSanitizer: python tests/race_driver.py PATH_OF_THE_EXTENSION
+
+Without torch, whose OpenMP runtime is not instrumented and whose barriers the sanitizer therefore takes for races: the extension then
+starts threads of its own. `make sanitize` builds and runs it; pytest does not collect it.
+"""
+
+import ctypes
+import importlib.util
+import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+# Tokens, vocabulary, dims of student and teacher: one task and several, whole vectors and ragged ones, panels of tokens.
+SHAPES = ((1, 97, 8, 8), (19, 1, 1, 3), (33, 2600, 65, 30), (130, 3500, 24, 70), (80, 9300, 6, 16))
+# Whether logits are kept, and whether gradients are made of them.
+SCHEDULES = ((True, True), (True, False), (False, False))
+DIVERGENCES = ("forward_kl", "total_variation")  # summed in the first sweep, and in one of its own
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("distill_kernels._native", path)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    assert "torch" not in sys.modules and not hasattr(ctypes.CDLL(None), "GOMP_parallel"), "an OpenMP runtime is in this process"
+    return extension
+
+
+def aligned(*shape):
+    """NaNs (whatever is read before it is written shows), on a cache line."""
+    count = int(np.prod(shape))
+    room = np.full(count + 16, np.nan, np.float32)
+    begin = -room.ctypes.data % 64 // 4
+    return room[begin : begin + count].reshape(shape)
+
+
+def chunk(extension, isa, shape, bfloat16, keeps, gradients, divergence, threads):
+    """Everything that run_chunk writes for one random chunk."""
+    tokens, vocabulary, *dims = shape
+    stride = -(-tokens // extension.token_alignment) * extension.token_alignment
+    generator = np.random.default_rng(0)
+    held = []  # what the addresses point to
+
+    def address(array):
+        held.append(array)
+        return array.ctypes.data
+
+    def matrix(rows, dim):
+        values = generator.standard_normal((rows, dim), dtype=np.float32)
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else values
+        return address(stored), int(bfloat16), dim
+
+    def model(dim):
+        return {
+            "hidden": matrix(tokens, dim),
+            "weight": matrix(vocabulary, dim),
+            "bias": address(generator.standard_normal(vocabulary, dtype=np.float32)),
+            "dim": dim,
+            "scale": 0.8,
+            "softcap": 15.0,
+            "logits": address(aligned(vocabulary, stride)) if keeps else 0,
+        }
+
+    written = {"terms": aligned(tokens, 3), "stats": aligned(tokens, 6)}
+    if gradients:
+        written |= {"d_hidden": aligned(tokens, dims[0]), "d_weight": aligned(vocabulary, dims[0]), "d_bias": aligned(vocabulary)}
+    arguments = {
+        "tokens": tokens,
+        "stride": stride,
+        "vocabulary": vocabulary,
+        "student": model(dims[0]),
+        "teacher": model(dims[1]),
+        "labels": address(generator.integers(0, vocabulary, tokens)),
+        "coefficients": address(generator.random((tokens, 3), dtype=np.float32)),
+        **{name: address(written[name]) if name in written else 0 for name in ("terms", "stats", "d_hidden", "d_weight", "d_bias")},
+        "first": True,
+        "divergence": extension.divergences.index(divergence),
+        "parameters": (),
+        "temperature": 2.0,
+        "label_smoothing": 0.1,
+        "log_probability_floor": -50.0,
+        "tail_log_probability": -9.2,
+        "untempered": True,
+    }
+    scratch = aligned(extension.chunk_scratch_floats(arguments, threads, isa))
+    extension.run_chunk(arguments, scratch.ctypes.data, threads, isa)
+    return written
+
+
+def check(extension, *case):
+    one, four = (chunk(extension, *case, threads) for threads in (1, 4))
+    for name in one:
+        assert np.isfinite(one[name]).all(), f"{name} of {case} is not finite"
+        assert one[name].tobytes() == four[name].tobytes(), f"{name} of {case} is not the same on 1 and on 4 threads"
+
+
+def main(path):
+    extension = load(path)
+    product = itertools.product(extension.instruction_sets(), SHAPES, (False, True), SCHEDULES, DIVERGENCES)
+    cases = [(isa, shape, bfloat16, *schedule, divergence) for isa, shape, bfloat16, schedule, divergence in product]
+    with ThreadPoolExecutor(2) as pool:  # calls beside each other share nothing, either
+        list(pool.map(lambda case: check(extension, *case), cases))
+    print(f"{len(cases)} chunks: the same bits on 1 thread and on 4")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
