@@ -47,5 +47,5 @@ def bench_share_of_peak(benchmark, instruction_set, depth):
         rates.append(repeats * 2 * ROWS * PANEL * depth / (time.perf_counter() - begin))
     benchmark.pedantic(multiply, rounds=1)
     peak, rate = (record.quartiles(samples)["median"] for samples in (peaks, rates))
-    rows.append({"instruction_set": instruction_set, "depth": depth, "peak_gflops": peak / 1e9, "gflops": rate / 1e9, "share": rate / peak})
+    rows.append({"compiled_for": instruction_set, "depth": depth, "peak_gflops": peak / 1e9, "gflops": rate / 1e9, "share": rate / peak})
     print(f"\n{instruction_set}, depth {depth}: {rate / 1e9:.1f} of {peak / 1e9:.1f} GFLOP/s, {rate / peak:.1%}")

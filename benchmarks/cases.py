@@ -50,7 +50,6 @@ class Case:
 SMOLLM2 = Case("smollm2", 1024, 49152, 576, 576, real=True)
 LATENCY_CASES = (
     SMOLLM2,
-    Case("v129280-d576", 1024, 129280, 576, 576),
     Case("v129280-d1024", 512, 129280, 1024, 2048),
     Case("v262144-d640", 64, 262144, 640, 640),
 )
