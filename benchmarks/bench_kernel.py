@@ -24,7 +24,7 @@ rows = []
 def results():
     yield
     if rows:
-        print(f"\nwritten: {record.write('kernel', rows, ('instruction_set', 'depth'))}")
+        print(f"\nwritten: {record.write('kernel', rows, ('compiled_for', 'depth'))}")
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
