@@ -53,12 +53,12 @@ def empty_outputs(problem: Problem, like: torch.Tensor) -> Outputs:
     )
 
 
-def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk], None]) -> Outputs:
-    """Runs `kernel` over every chunk of the tokens that count."""
+def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk], None], compact: bool | None = None) -> Outputs:
+    """Runs `kernel` over every chunk of the tokens that count; `compact` False: of all, the kernel zeroing what does not count."""
     outputs = empty_outputs(problem, tensors.student_hidden)
     active = None
     count = problem.tokens
-    if problem.compact:
+    if problem.compact if compact is None else compact:
         active = (tensors.coefficients != 0).any(-1).nonzero().squeeze(-1)
         count = active.numel()
         for per_token in (outputs.terms, outputs.d_hidden, outputs.stats):

@@ -62,6 +62,17 @@ class Plan:
         )
 
 
+def keeps_logits(problem: Problem) -> tuple[bool, str]:
+    """Whether the logits of a chunk outlive the tile that they are made on, and why."""
+    if problem.gradient:
+        return True, "gradients are made from logits once the log-sum-exps are known; keeping those saves 1S + 1T"
+    if problem.divergence is not None and not problem.divergence.one_pass:
+        return True, f"{problem.divergence.name} is summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
+    if problem.stats:
+        return True, "the stats are summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
+    return False, "without gradients one pass over the heads sums everything, so no logits are kept"
+
+
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize

@@ -16,7 +16,7 @@ from dataclasses import replace
 from distill_kernels.plan import Plan, make_plan
 from distill_kernels.problem import Problem
 
-ORDER = ("native", "torch")  # fastest first
+ORDER = ("native", "triton", "torch")  # fastest first
 
 
 def load(name):

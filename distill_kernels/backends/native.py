@@ -11,7 +11,7 @@ import torch
 
 from distill_kernels import chunked, memory
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
-from distill_kernels.plan import Schedule, make_plan
+from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
 
 try:
@@ -59,7 +59,7 @@ def schedule(problem: Problem) -> Schedule:
     share = (_scratch_bytes(problem, 2 * panel, threads) - _scratch_bytes(problem, panel, threads)) // panel
     fixed = _scratch_bytes(problem, least, threads) - least * share
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
-    keeps, reason = _keeps_logits(problem)
+    keeps, reason = keeps_logits(problem)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
@@ -70,17 +70,6 @@ def schedule(problem: Problem) -> Schedule:
         token_bytes=share + gathered,
         fixed_bytes=fixed,
     )
-
-
-def _keeps_logits(problem: Problem) -> tuple[bool, str]:
-    """Whether the logits of a chunk outlive the tile that they are made on, and why."""
-    if problem.gradient:
-        return True, "gradients are made from logits once the log-sum-exps are known; keeping those saves 1S + 1T"
-    if problem.divergence is not None and not problem.divergence.one_pass:
-        return True, f"{problem.divergence.name} is summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
-    if problem.stats:
-        return True, "the stats are summed once the log-sum-exps are known; keeping the logits saves 1S + 1T"
-    return False, "without gradients one pass over the heads sums everything, so no logits are kept"
 
 
 def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
@@ -133,7 +122,7 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 def _nothing(problem: Problem) -> dict:
     """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be."""
     divergence = problem.divergence
-    keeps, _ = _keeps_logits(problem)
+    keeps, _ = keeps_logits(problem)
 
     def model(dim, dtype, scale, softcap):
         matrix = (1, ELEMENTS[dtype], dim) if dim else NO_MATRIX

@@ -12,11 +12,11 @@ from distill_kernels import chunked
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Plan, Schedule, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
+from distill_kernels.products import Products, panel_bytes
 
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
 ROW_BUFFERS = 12
-PANEL_BYTES = 2 * 2**20  # of a 16-bit head, widened at a time: stays in a core's share of L3 between widening and product
 
 
 def describe() -> str:
@@ -33,22 +33,9 @@ def schedule(problem: Problem) -> Schedule:
     return Schedule(
         # The chunk's hidden states widened, and its d_hidden.
         token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element,
-        fixed_bytes=_panel_rows(problem) * max(problem.student_dim, problem.teacher_dim) * element,
+        fixed_bytes=panel_bytes(problem),
         row_bytes=ROW_BUFFERS * row_bytes,
     )
-
-
-def _panel_rows(problem: Problem) -> int:
-    """Rows of a 16-bit head that are widened at a time; 0 if none need to be."""
-    element = problem.compute_dtype.itemsize
-    narrow = [
-        dim
-        for dim, dtype in ((problem.student_dim, problem.student_dtype), (problem.teacher_dim, problem.teacher_dtype))
-        if dim and dtype.itemsize < element
-    ]
-    if not narrow:
-        return 0
-    return max(1, min(problem.vocabulary, PANEL_BYTES // (max(narrow) * element)))
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
@@ -78,48 +65,6 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
 
     return chunked.run(problem, tensors, plan, kernel)
-
-
-class Products:
-    """The three products of a chunk, with 16-bit operands and accumulation in the compute dtype.
-
-    A GPU makes float32 logits of 16-bit operands. Elsewhere, and for the gradients, a 16-bit head is widened a panel of rows at a
-    time: torch would round the logits to 16 bits, which costs a gradient error of several percent, and a float16 dz would underflow.
-    """
-
-    def __init__(self, problem: Problem, device):
-        self.dtype = problem.compute_dtype
-        self.panel_rows = _panel_rows(problem)
-        self.panel = torch.empty(self.panel_rows * max(problem.student_dim, problem.teacher_dim), dtype=self.dtype, device=device)
-
-    def logits(self, hidden, weight, out):
-        """out (n, V) ← hidden (n, D) · weightᵀ"""
-        if weight.is_cuda and weight.dtype.itemsize == 2 and self.dtype is torch.float32:
-            torch.mm(hidden, weight.T, out_dtype=self.dtype, out=out)
-            return
-        wide_hidden = hidden.to(self.dtype)
-        for rows, wide in self._panels(weight):
-            torch.mm(wide_hidden, wide.T, out=out[:, rows])
-
-    def d_hidden(self, dz, weight, out):
-        """out (n, D) ← dz (n, V) · weight"""
-        for i, (rows, wide) in enumerate(self._panels(weight)):
-            torch.addmm(out, dz[:, rows], wide, beta=float(i > 0), out=out)
-
-    def d_weight(self, dz, hidden, out, first):
-        """out (V, D) ← or += dzᵀ · hidden (n, D)"""
-        torch.addmm(out, dz.T, hidden.to(self.dtype), beta=float(not first), out=out)
-
-    def _panels(self, weight):
-        """(slice of rows, those rows in the compute dtype)"""
-        if weight.dtype == self.dtype:
-            yield slice(None), weight
-            return
-        for begin in range(0, weight.shape[0], self.panel_rows):
-            rows = weight[begin : begin + self.panel_rows]
-            wide = self.panel[: rows.numel()].view(rows.shape)
-            wide.copy_(rows)
-            yield slice(begin, begin + rows.shape[0]), wide
 
 
 class Rows(NamedTuple):

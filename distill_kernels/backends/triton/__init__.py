@@ -1,0 +1,139 @@
+"""The triton backend: GPU kernels, and the same kernels on CPU tensors in Triton's interpreter.
+
+Chunked: products by the vendor's library into a reused workspace, `rows` between them; 16-bit heads get a 16-bit dz, which tensor cores
+multiply. Tile-fused: `sweep`, where no gradient is asked for. Triton is imported where it is needed first.
+"""
+
+import importlib.util
+import inspect
+
+import torch
+
+from distill_kernels import chunked
+from distill_kernels.plan import Schedule, keeps_logits, make_plan
+from distill_kernels.problem import Problem, Tensors
+from distill_kernels.products import Products, multiplies_wide, panel_bytes
+
+MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
+SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: thousands of tokens share each pass over the heads
+OLDEST_CAPABILITY = (8, 0)
+
+
+def describe() -> str:
+    import triton
+
+    return f"triton {triton.__version__}" + (" in the interpreter" if _interprets() else "")
+
+
+def _interprets() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def why_not(problem: Problem) -> str | None:
+    if problem.device.type not in ("cpu", "cuda"):
+        return f"it runs on GPU tensors, these are on {problem.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'distill_kernels[triton]')"
+    if problem.device.type == "cpu" and not _interprets():
+        return "it runs on GPU tensors, these are on cpu (TRITON_INTERPRET=1 in the environment runs it there, for tests)"
+    if problem.device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < OLDEST_CAPABILITY:
+            return f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later"
+    if problem.compute_dtype is not torch.float32:
+        return "it computes in float32, and float64 inputs want float64"
+    if problem.vocabulary > MOST_VOCABULARY:
+        return f"its vocabularies have at most {MOST_VOCABULARY} entries"
+    if problem.divergence is not None:
+        from distill_kernels.backends.triton.elementwise import why_no_device_function
+
+        return why_no_device_function(problem.divergence.body)
+    return None
+
+
+def schedule(problem: Problem) -> Schedule:
+    from distill_kernels.backends.triton import launch
+
+    keeps, reason = keeps_logits(problem)
+    token_bytes, fixed_bytes = launch.partial_bytes(problem, keeps)
+    # What a chunk of scattered tokens is gathered into; where torch does not make wide products, also what it widens.
+    token_bytes += problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
+    if keeps:
+        token_bytes += problem.vocabulary * _dz_bytes(problem)
+        if not multiplies_wide(problem.device):
+            token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
+            fixed_bytes += panel_bytes(problem)
+    return Schedule(
+        name="chunked" if keeps else "tile-fused",
+        reason=reason,
+        keeps_logits=keeps,
+        most_bytes=None if keeps else SWEEP_BYTES,
+        token_bytes=token_bytes,
+        fixed_bytes=fixed_bytes,
+    )
+
+
+def _dz_bytes(problem: Problem) -> int:
+    """Of an entry of dz, where it does not take the place of the student's logits."""
+    return problem.student_dtype.itemsize if problem.gradient and problem.student_dtype.itemsize < 4 else 0
+
+
+def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
+    with torch.cuda.device_of(tensors.student_hidden):
+        plan = make_plan(problem, schedule(problem))
+        # How many tokens count is known on the device only; to read it, a graph that is being captured cannot wait.
+        compact = problem.compact and not (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        return (_run_chunked if plan.schedule == "chunked" else _run_tile_fused)(problem, tensors, plan, compact)
+
+
+def _run_tile_fused(problem, tensors, plan, compact):
+    from distill_kernels.backends.triton import launch
+
+    launcher = launch.Launcher(problem, tensors)
+    return chunked.run(problem, tensors, plan, launcher.sweep, compact)
+
+
+def _run_chunked(problem, tensors, plan, compact):
+    from distill_kernels.backends.triton import launch
+
+    launcher = launch.Launcher(problem, tensors)
+    device = tensors.student_hidden.device
+    products = Products(problem, device)
+
+    def space(wanted, dtype=torch.float32):
+        return torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
+
+    student_space, teacher_space = space(True), space(problem.teacher_dim)
+    dz_space = space(True, problem.student_dtype) if _dz_bytes(problem) else student_space
+    dz_scale = _dz_scale(tensors.coefficients) if dz_space.dtype is torch.float16 else None
+
+    def kernel(chunk: chunked.Chunk):
+        count = chunk.student_hidden.shape[0]
+        student_logits, teacher_logits = student_space[:count], None
+        products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
+        if teacher_space is not None:
+            teacher_logits = teacher_space[:count]
+            products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
+        dz = dz_space[:count] if problem.gradient else None
+        launcher.rows(chunk, student_logits, teacher_logits, dz, dz_scale)
+        if chunk.d_hidden is not None:
+            products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
+        if chunk.d_weight is not None:
+            products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
+
+    outputs = chunked.run(problem, tensors, plan, kernel, compact)
+    if dz_scale is not None:
+        for gradient in (outputs.d_hidden, outputs.d_weight, outputs.d_bias):
+            gradient.div_(dz_scale)
+    return outputs
+
+
+def _dz_scale(coefficients):
+    """() float32, a power of two: what brings the largest coefficient to about 1, for float16 has no room for 1/N below it."""
+    largest = coefficients.abs().amax() if coefficients.numel() else coefficients.new_ones(())
+    return torch.where(largest > 0, torch.exp2(-torch.ceil(torch.log2(largest))), 1.0)

@@ -1,0 +1,167 @@
+"""Launches: the kernels' arguments from a problem, their grids, and how many programs share a token's vocabulary."""
+
+import dataclasses
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from distill_kernels import chunked
+from distill_kernels.backends.triton import rows, sweep
+from distill_kernels.backends.triton.elementwise import device_function
+from distill_kernels.backends.triton.tiles import STATISTICS, TOTALS
+from distill_kernels.problem import Problem, Tensors
+
+INTERPRETED_MULTIPROCESSORS = 3  # small and odd, so that a small problem has several splits, one of them ragged
+
+
+def architecture(device: torch.device) -> str:
+    """A key of the configurations."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def partial_bytes(problem: Problem, keeps_logits: bool) -> tuple[int, int]:
+    """Bytes of partial sums, at most: (for each token, and beside them)."""
+    if keeps_logits:  # splits_of rounds up to a power of two, so by less than two
+        return 2 * rows.partial_bytes(1, 1), 2 * rows.partial_bytes(rows.configuration(architecture(problem.device)).programs, 1)
+    tile = sweep.configuration(architecture(problem.device), problem.student_dtype, problem.tokens).rows
+    return rows.partial_bytes(1, 1), rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
+
+
+class Launcher:
+    """The kernels of one call: what is the same for every chunk is prepared once."""
+
+    def __init__(self, problem: Problem, tensors: Tensors):
+        self.problem, self.tensors = problem, tensors
+        self.device = tensors.student_hidden.device
+        self.architecture = architecture(self.device)
+        divergence = problem.divergence
+        first, second = (*(divergence.parameters if divergence is not None else ()), 0.0, 0.0)[:2]
+        untempered = problem.cross_entropy or problem.z_loss
+        one_pass = divergence is not None and divergence.one_pass
+        self.common = {
+            "vocabulary": problem.vocabulary,
+            "student_bias": tensors.student_bias,
+            "teacher_bias": tensors.teacher_bias,
+            "inverse_temperature": 1.0 / problem.temperature,
+            "label_smoothing": problem.label_smoothing,
+            "student_scale": problem.student_logit_scale,
+            "teacher_scale": problem.teacher_logit_scale,
+            "student_softcap": problem.student_softcap,
+            "teacher_softcap": problem.teacher_softcap,
+            "first": first,
+            "second": second,
+            "TEACHER": problem.teacher_dim > 0,
+            "UNTEMPERED": untempered,
+            "SEPARATE": untempered and problem.temperature != 1.0,
+            "SMOOTHING": problem.cross_entropy and problem.label_smoothing > 0,
+            "TOP": problem.stats,
+            "STATS": problem.stats,
+            "ALWAYS": problem.stats or (divergence is not None and not one_pass),
+            "DIVERGENCE": None if divergence is None else device_function(divergence.body),
+            "RENORMALISE": device_function(divergence.body.renormalise) if one_pass else None,
+            "PARAMETERS": len(divergence.parameters) if divergence is not None else 0,
+        }
+        # What may have to wait for the log-sum-exps.
+        self.wants_totals = divergence is not None or self.common["SMOOTHING"] or problem.stats
+
+    def rows(self, chunk: chunked.Chunk, student_logits, teacher_logits, dz, dz_scale):
+        """Terms, stats and dz (n, V) of a chunk from its logits, bare products (n, V) float32."""
+        configuration = rows.configuration(self.architecture)
+        tokens = student_logits.shape[0]
+        splits = rows.splits_of(tokens, self.problem.vocabulary, configuration)
+        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.block)
+        partial, totals = self._partial(tokens, splits)
+        values = self.common | self._of(chunk) | {
+            "student_logits": student_logits, "teacher_logits": teacher_logits, "partial": partial, "totals": totals, "dz": dz,
+            "dz_scale": dz_scale, "tokens": tokens, "splits": splits, "slice_entries": slice_entries, "ROWS": configuration.rows,
+            "BLOCK": configuration.block, "SPLITS": triton.next_power_of_2(splits),
+        }  # fmt: skip
+        blocks = -(-tokens // configuration.rows)
+        grid = (blocks, splits)
+        _launch(rows.statistics_kernel, grid, values | self._early(), num_warps=configuration.warps)
+        if self.wants_totals:
+            _launch(rows.totals_kernel, grid, values, num_warps=configuration.warps)
+        _launch(rows.gradient_kernel, grid if dz is not None else (blocks, 1), values, num_warps=configuration.warps)
+
+    def sweep(self, chunk: chunked.Chunk):
+        """Terms of a chunk straight from hidden states and heads."""
+        tokens = chunk.student_hidden.shape[0]
+        configuration = sweep.configuration(self.architecture, self.problem.student_dtype, tokens)
+        blocks = -(-tokens // configuration.rows)
+        splits = sweep.splits_of(blocks, self.problem.vocabulary, multiprocessors(self.device), configuration)
+        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.entries)
+        partial, totals = self._partial(tokens, splits)
+        matrices = {
+            "student_hidden": chunk.student_hidden, "student_weight": self.tensors.student_weight,
+            "teacher_hidden": chunk.teacher_hidden, "teacher_weight": self.tensors.teacher_weight,
+        }  # fmt: skip
+        matrices = {name: None if matrix is None else _by_rows(matrix) for name, matrix in matrices.items()}
+        strides = {f"{name}_stride": 0 if matrix is None else matrix.stride(0) for name, matrix in matrices.items()}
+        if configuration.descriptors and all(matrix is None or _describable(matrix) for matrix in matrices.values()):
+            for name, matrix in matrices.items():
+                if matrix is not None:
+                    height = configuration.rows if name.endswith("hidden") else configuration.entries
+                    matrices[name] = TensorDescriptor.from_tensor(matrix, [height, configuration.depth])
+        else:
+            configuration = dataclasses.replace(configuration, descriptors=False)
+        values = self.common | self._of(chunk) | matrices | strides | {
+            "partial": partial, "totals": None, "tokens": tokens, "splits": splits, "blocks": blocks, "slice_entries": slice_entries,
+            "student_dim": self.problem.student_dim, "teacher_dim": self.problem.teacher_dim,
+            "ROWS": configuration.rows, "ENTRIES": configuration.entries, "DEPTH": configuration.depth,
+            "DESCRIPTORS": configuration.descriptors, "PRECISION": _precision(), "SPLITS": triton.next_power_of_2(splits),
+        }  # fmt: skip
+        options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+        _launch(sweep.sweep_kernel, (blocks * splits,), values | self._early(), **options)
+        if self.wants_totals:
+            _launch(sweep.sweep_kernel, (blocks * splits,), values | {"totals": totals}, **options)
+        finish = rows.configuration(self.architecture)
+        nothing = {"student_logits": None, "teacher_logits": None, "dz": None, "dz_scale": None, "totals": totals}
+        values |= nothing | {"ROWS": finish.rows, "BLOCK": finish.block}
+        _launch(rows.gradient_kernel, (-(-tokens // finish.rows), 1), values, num_warps=1)
+
+    def _partial(self, tokens, splits):
+        new = self.tensors.coefficients.new_empty
+        return new(STATISTICS, tokens, splits), new(TOTALS, tokens, splits)
+
+    def _of(self, chunk):
+        labels = chunk.labels if self.problem.cross_entropy else None
+        return {"labels": labels, "coefficients": chunk.coefficients, "terms": chunk.terms, "stats": chunk.stats}
+
+    def _early(self):
+        """The statistics' divergence: only one whose sums can be renormalised."""
+        return {"DIVERGENCE": self.common["DIVERGENCE"] if self.common["RENORMALISE"] is not None else None}
+
+
+def _launch(kernel, grid, values, **options):
+    kernel[grid](**{name: values[name] for name in kernel.arg_names}, **options)
+
+
+def _multiple(number, of):
+    return -(-number // of) * of
+
+
+def _by_rows(matrix):
+    """The matrix with the elements of a row side by side; a copy only if they are not."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _describable(matrix) -> bool:
+    """Whether a tensor descriptor can be made of it: TMA wants 16-byte aligned rows."""
+    element = matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * element % 16 == 0 and matrix.stride(1) == 1
+
+
+def _precision():
+    """How float32 products are made, by torch's own switch."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
