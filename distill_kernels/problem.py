@@ -15,9 +15,12 @@ from distill_kernels.divergences import Divergence
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 SWEEPS = (None, "int8", "fp8")
-# Holds the logits of 90 tokens at V = 262,144 and of 180 at 129,280. Each pass over a head is shared by a chunk's tokens; with fewer,
-# 16-bit heads wait for memory (benchmarks/README.md has the measurement).
+# On CPU: holds the logits of 90 tokens at V = 262,144 and of 180 at 129,280. Each pass over a head is shared by a chunk's tokens; with
+# fewer, 16-bit heads wait for memory (benchmarks/results/workspace.csv).
 WORKSPACE_MIB = 192
+# On a GPU a chunk's d_weight is read and written once, 8·V·D_s bytes against 2·n·V·(3·D_s + D_t) flops of its products: with 3 TB/s to 700
+# TFLOP/s and D_t = 2·D_s about 170/n of their time. This holds n = 800 tokens at V = 128,256.
+ACCELERATOR_WORKSPACE_MIB = 1024
 VOCAB_MISMATCH = ("error", "truncate")
 
 # Columns of a call's per-token results.
@@ -76,6 +79,14 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def workspace(workspace_mib: int | None, device: torch.device) -> int:
+    """What was asked for, or the default of the device. Raises TypeError or ValueError unless it is None or a positive int."""
+    if workspace_mib is None:
+        return WORKSPACE_MIB if device.type == "cpu" else ACCELERATOR_WORKSPACE_MIB
+    integer("workspace_mib", workspace_mib, least=1)
+    return workspace_mib
+
+
 def finite_number(name, value, *, above=None, least=None, most=None, optional=False):
     """Raises TypeError or ValueError unless `value` is a finite Python number within the bounds (or None where `optional`)."""
     if value is None and optional:
@@ -128,7 +139,8 @@ def check_options(
     one_of("vocab_mismatch", vocab_mismatch, VOCAB_MISMATCH)
     one_of("sweep", sweep, SWEEPS)
     integer("ignore_index", ignore_index)
-    integer("workspace_mib", workspace_mib, least=1)
+    if workspace_mib is not None:
+        integer("workspace_mib", workspace_mib, least=1)
     if seed is not None:
         integer("seed", seed)
     if column_fraction is not None:

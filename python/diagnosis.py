@@ -23,7 +23,7 @@ def plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     backend: str = "auto",
-    workspace_mib: int = contract.WORKSPACE_MIB,
+    workspace_mib: int | None = None,
 ) -> Plan:
     """Chunks, workspace, peak memory and flops of a `distillation_loss` call with N = tokens, V = vocabulary, D_s and D_t.
 
@@ -50,7 +50,6 @@ def plan(
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
-    contract.integer("workspace_mib", workspace_mib, least=1)
     contract.backend_name(backend)
     deferred = reduction == "none"
     problem = contract.Problem(
@@ -66,7 +65,7 @@ def plan(
         z_loss=not teacher_dim,
         d_hidden=hidden_gradient,
         d_weight=weight_gradient,
-        workspace_mib=workspace_mib,
+        workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
     )
     return backends.plan(problem, backend, deferred=deferred)
 

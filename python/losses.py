@@ -40,7 +40,7 @@ def distillation_loss(
     seed: int | None = None,
     sweep: str | None = None,
     backend: str = "auto",
-    workspace_mib: int = contract.WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     process_group=None,
 ) -> Tensor:
     """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
@@ -72,7 +72,8 @@ def distillation_loss(
         vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
         column_fraction, seed, sweep, process_group: not available yet, NotImplementedError.
         backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
-        workspace_mib: memory for logits and all else but gradients. Larger is faster where heads are large.
+        workspace_mib: memory for logits and all else but gradients, by default 192 on CPU and 1024 on a GPU. Larger is faster where
+            heads are large.
 
     Returns
         float32 (float64 for float64 inputs), () or (...). If every token is masked: 0, attached to the graph, with zero gradients.
@@ -167,7 +168,7 @@ def token_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
-    workspace_mib: int = contract.WORKSPACE_MIB,
+    workspace_mib: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
 
@@ -184,9 +185,9 @@ def token_logprobs(
     contract.finite_number("logit_scale", logit_scale)
     contract.finite_number("softcap", softcap, above=0, optional=True)
     contract.integer("ignore_index", ignore_index)
-    contract.integer("workspace_mib", workspace_mib, least=1)
     contract.backend_name(backend)
     contract.check_head("", hidden, weight, bias)
+    workspace_mib = contract.workspace(workspace_mib, hidden.device)
     contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
     contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
     valid = token_ids != ignore_index
@@ -262,9 +263,9 @@ def _distillation_loss(
             name: options[name]
             for name in (
                 "temperature", "label_smoothing", "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap",
-                "workspace_mib",
             )
         },
+        workspace_mib=contract.workspace(options["workspace_mib"], student_hidden.device),
     )  # fmt: skip
     deferred = options["reduction"] == "none"
     loss, terms, per_token = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)

@@ -78,8 +78,8 @@ class Inputs(NamedTuple):
     student_bias: torch.Tensor | None = None  # (V,)
     teacher_bias: torch.Tensor | None = None  # (V,)
 
-    def to(self, dtype):
-        return Inputs(*(None if tensor is None else tensor.to(dtype) for tensor in self))
+    def to(self, dtype_or_device):
+        return Inputs(*(None if tensor is None else tensor.to(dtype_or_device) for tensor in self))
 
 
 def make_inputs(
@@ -240,8 +240,11 @@ def eager_with_gradients(function, inputs, upstream, **options):
     shared = min(inputs.student_weight.shape[0], inputs.teacher_weight.shape[0])
     for seed in range(1, EAGER_ORDERS):
         generator = torch.Generator().manual_seed(seed)
-        columns_s, columns_t = (torch.randperm(x.shape[-1], generator=generator) for x in (inputs.student_hidden, inputs.teacher_hidden))
-        order = torch.randperm(shared, generator=generator)
+        device = inputs.student_hidden.device
+        columns_s, columns_t, order = (
+            torch.randperm(size, generator=generator).to(device)
+            for size in (inputs.student_hidden.shape[-1], inputs.teacher_hidden.shape[-1], shared)
+        )
 
         def rows(tensor, order=order):  # what lies beyond the shared vocabulary stays where it is
             return None if tensor is None else torch.cat([tensor[:shared][order], tensor[shared:]])
@@ -269,15 +272,27 @@ def eager_with_gradients(function, inputs, upstream, **options):
     return {name: [result[name] for result in results] for name in results[0]}
 
 
-def check_loss(inputs, *, backend, upstream=1.7, workspace_mib=64, slack=1, **options):
-    """Loss and every gradient of `distillation_loss` against the reference, by the rule. Returns the results."""
-    got = with_gradients(distillation_loss, inputs, upstream, backend=backend, workspace_mib=workspace_mib, **options)
+def moved(tensors, device):
+    """A dict with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
+
+
+def check_loss(inputs, *, backend, upstream=1.7, workspace_mib=64, slack=1, device="cpu", **options):
+    """Loss and every gradient of `distillation_loss` against the reference, by the rule. Returns the results.
+
+    device: where the loss and the eager torch that it is measured against run; the truth is made on CPU.
+    """
+    there, upstream_there = inputs.to(device), torch.as_tensor(upstream).to(device)
+    options_there = moved(options, device)
+    got = with_gradients(distillation_loss, there, upstream_there, backend=backend, workspace_mib=workspace_mib, **options_there)
+    got = moved(got, "cpu")
     truth = with_gradients(reference.distillation_loss, inputs.to(torch.float64), upstream, **options)
     if inputs.student_hidden.dtype is torch.float64:
         for name in truth:
             assert_close64(name, got[name], truth[name])
         return got
-    eager = eager_with_gradients(eager_loss, inputs, upstream, **options)
+    eager = eager_with_gradients(eager_loss, there, upstream_there, **options_there)
+    eager = {name: [result.cpu() for result in results] for name, results in eager.items()}
     for name in truth:
         if name != "loss":
             assert got[name].dtype == inputs.student_hidden.dtype, f"{name} is {got[name].dtype}"

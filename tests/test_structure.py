@@ -69,12 +69,13 @@ def layer(name):
 
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
-SHARED = {"divergences", "problem", "plan", "memory"}
+SHARED = {"divergences", "problem", "plan", "memory", "products"}
 ALLOWED = {
     "divergences": set(),
     "memory": set(),
     "problem": {"divergences"},
     "plan": {"divergences", "problem"},
+    "products": {"problem"},
     "chunked": SHARED,
     "backends": SHARED,  # and one backend at a time, by name, in load()
     "autograd": SHARED | {"chunked", "backends"},
@@ -89,7 +90,7 @@ ALLOWED |= {f"backend:{name}": SHARED | {"chunked", "_native", f"backend:{name}"
 
 def test_every_module_has_a_layer():
     assert {layer(name) for name in MODULES} <= set(ALLOWED)
-    assert {"torch", "native"} <= set(BACKEND_NAMES)
+    assert {"torch", "native", "triton"} <= set(BACKEND_NAMES)
 
 
 @pytest.mark.parametrize("name", MODULES)

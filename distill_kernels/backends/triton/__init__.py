@@ -4,9 +4,6 @@ Chunked: products by the vendor's library into a reused workspace, `rows` betwee
 multiply. Tile-fused: `sweep`, where no gradient is asked for. Triton is imported where it is needed first.
 """
 
-import importlib.util
-import inspect
-
 import torch
 
 from distill_kernels import chunked
@@ -32,10 +29,16 @@ def _interprets() -> bool:
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.compute_dtype is not torch.float32:
+        return "it computes in float32, and float64 inputs want float64"
+    if problem.vocabulary > MOST_VOCABULARY:
+        return f"its vocabularies have at most {MOST_VOCABULARY} entries"
     if problem.device.type not in ("cpu", "cuda"):
         return f"it runs on GPU tensors, these are on {problem.device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'distill_kernels[triton]')"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install 'distill_kernels[triton]'"
     if problem.device.type == "cpu" and not _interprets():
         return "it runs on GPU tensors, these are on cpu (TRITON_INTERPRET=1 in the environment runs it there, for tests)"
     if problem.device.type == "cuda":
@@ -43,10 +46,6 @@ def why_not(problem: Problem) -> str | None:
             return "torch finds no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < OLDEST_CAPABILITY:
             return f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later"
-    if problem.compute_dtype is not torch.float32:
-        return "it computes in float32, and float64 inputs want float64"
-    if problem.vocabulary > MOST_VOCABULARY:
-        return f"its vocabularies have at most {MOST_VOCABULARY} entries"
     if problem.divergence is not None:
         from distill_kernels.backends.triton.elementwise import why_no_device_function
 
@@ -84,9 +83,13 @@ def _dz_bytes(problem: Problem) -> int:
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     with torch.cuda.device_of(tensors.student_hidden):
         plan = make_plan(problem, schedule(problem))
-        # How many tokens count is known on the device only; to read it, a graph that is being captured cannot wait.
-        compact = problem.compact and not (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        # How many tokens count is known on the device only, and a graph that is being captured cannot wait to read it.
+        compact = problem.compact and not _captures(problem.device)
         return (_run_chunked if plan.schedule == "chunked" else _run_tile_fused)(problem, tensors, plan, compact)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _run_tile_fused(problem, tensors, plan, compact):

@@ -5,6 +5,7 @@ and so on become those below. A kernel receives it as a `constexpr`.
 """
 
 import functools
+import inspect
 import types
 
 import triton
@@ -81,15 +82,19 @@ def value_and_slope(log_p, log_q, first, second, DIVERGENCE: tl.constexpr, PARAM
         return DIVERGENCE(log_p, log_q, first, second)
 
 
-MATH = {function.fn.__name__: function for function in (exp, log, maximum, minimum, sign)}
+MATH = {function.fn.__name__: function for function in (exp, log, maximum, minimum, sign)}  # what divergences.py offers
 MOST_PARAMETERS = 2
 
 
 def why_no_device_function(body) -> str | None:
-    """None if `device_function` knows every name that the body uses, else which it does not."""
+    """None if `device_function` can make it, else why not."""
+    try:
+        inspect.getsource(body)
+    except (OSError, TypeError):
+        return f"{body.__name__} has no source file, which Triton compiles from; define it in one"
     unknown = sorted(name for name in body.__code__.co_names if name not in MATH and _meant(body, name) is None)
     if unknown:
-        return f"{body.__name__} uses {', '.join(unknown)}; a divergence may use {', '.join(MATH)} and functions made of them"
+        return f"{body.__name__} uses {', '.join(unknown)}; here a divergence may use {', '.join(MATH)} and functions of those"
     if body.__code__.co_argcount - 2 > MOST_PARAMETERS:
         return f"{body.__name__} has more than {MOST_PARAMETERS} parameters"
     return None

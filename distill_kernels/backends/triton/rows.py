@@ -4,8 +4,9 @@
     totals       reads both logits     only for what needs the log-sum-exps first; else only tokens with an entry below the floor
     gradient     reads both logits     terms and stats of the token, dz of its vocabulary
 
-One program owns ROWS tokens (one, on a GPU) and one split of their vocabulary, in every kernel, so that a single token fills the chip too. It writes
-nothing that another reads in the same launch: sums are merged in the next, in the order of the vocabulary, by everyone who needs them.
+One program owns ROWS tokens (one, on a GPU) and one split of their vocabulary, in every kernel, so that a single token fills the chip
+too. It writes nothing that another reads in the same launch: sums are merged in the next, in the order of the vocabulary, by everyone
+who needs them.
 Bytes of logits for each token and entry: 8 a pass, two passes for divergences that can be renormalised and three for the others, and 4
 (float32) or 2 written.
 """
@@ -34,7 +35,7 @@ CONFIGURATIONS = {
     "cuda": Configuration(
         1, 2048, 8, 1024, "8 entries a thread and model: two 16-byte loads of each in flight; 8 programs for each of 132 multiprocessors"
     ),
-    "interpreter": Configuration(8, 64, 1, 6, "so that small tests have several tiles and splits, and many rows for each interpreted operation"),
+    "interpreter": Configuration(8, 128, 1, 6, "several tiles and splits in small tests, many rows for each interpreted operation"),
     "hip": Configuration(1, 2048, 4, 1216, "4 wavefronts of 64: the same 8 entries a thread; 4 programs for each of 304 compute units"),
 }
 
