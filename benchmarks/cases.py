@@ -90,7 +90,7 @@ def peers() -> dict[str, Callable]:
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
 
         def liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
-            labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64)
+            labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
             loss = liger(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
             return loss[0] if isinstance(loss, tuple) else loss
 
@@ -141,7 +141,7 @@ def forward_products(student_hidden, student_weight, teacher_hidden, teacher_wei
 
 def all_products(student_hidden, student_weight) -> Callable:
     """A step of the four products of loss and gradients alone, in the tensors' dtype."""
-    dz = torch.randn(student_hidden.shape[0], student_weight.shape[0]).to(student_hidden.dtype)
+    dz = torch.randn(student_hidden.shape[0], student_weight.shape[0], dtype=student_hidden.dtype, device=student_hidden.device)
 
     def step(*tensors):
         forward_products(*tensors)
