@@ -216,19 +216,19 @@ def gradient_kernel(
         statistics, totals, coefficients, label, rows, there, tokens, splits, vocabulary, inverse_temperature, label_smoothing,
         SMOOTHING, DIVERGENCE, RENORMALISE, SPLITS,
     )  # fmt: skip
-    leader = there & (tl.program_id(1) == 0)
-    value, cross_entropy, nll, lse = factors[0], factors[1], factors[2], factors[3]
-    tl.store(terms + rows * TERM_COUNT, value, mask=leader)
-    tl.store(terms + rows * TERM_COUNT + 1, cross_entropy, mask=leader)
-    tl.store(terms + rows * TERM_COUNT + 2, lse * lse if UNTEMPERED else lse * 0.0, mask=leader)
-    if stats is not None:
-        active = factors[9]
-        tl.store(stats + rows * STAT_COUNT, value, mask=leader)
-        tl.store(stats + rows * STAT_COUNT + 1, nll, mask=leader)
-        tl.store(stats + rows * STAT_COUNT + 4, tl.where(active, statistics[8], 0.0), mask=leader)
-        for field in tl.static_range(3):  # both entropies and the tail mass are columns 2, 3 and 5
-            total = tiles.merge_totals(totals, 4 + field, rows, there, tokens, splits, SPLITS)
-            tl.store(stats + rows * STAT_COUNT + 2 + field + field // 2, tl.where(active, total, 0.0), mask=leader)
+    if tl.program_id(1) == 0:
+        value, cross_entropy, nll, lse = factors[0], factors[1], factors[2], factors[3]
+        tl.store(terms + rows * TERM_COUNT, value, mask=there)
+        tl.store(terms + rows * TERM_COUNT + 1, cross_entropy, mask=there)
+        tl.store(terms + rows * TERM_COUNT + 2, lse * lse if UNTEMPERED else lse * 0.0, mask=there)
+        if stats is not None:
+            active = factors[9]
+            tl.store(stats + rows * STAT_COUNT, value, mask=there)
+            tl.store(stats + rows * STAT_COUNT + 1, nll, mask=there)
+            tl.store(stats + rows * STAT_COUNT + 4, tl.where(active, statistics[8], 0.0), mask=there)
+            for field in tl.static_range(3):  # both entropies and the tail mass are columns 2, 3 and 5
+                total = tiles.merge_totals(totals, 4 + field, rows, there, tokens, splits, SPLITS)
+                tl.store(stats + rows * STAT_COUNT + 2 + field + field // 2, tl.where(active, total, 0.0), mask=there)
     if dz is not None:
         scale = student_scale
         if dz_scale is not None:
