@@ -15,7 +15,7 @@ functions marked `@shared_expression`. Arguments are finite: a backend raises ev
     divergences.jensen_shannon(beta=0.1)             # a Divergence, for distillation_loss(divergence=...)
 
     @divergences.register
-    def chi_squared(log_p, log_q):                   # your own; it runs on the torch backend at once
+    def chi_squared(log_p, log_q):                   # your own; it runs on the torch and Triton backends at once
         ratio = divergences.exp(log_q - log_p)
         return divergences.exp(log_q) * (ratio - 1), divergences.exp(log_q) * (2 * ratio - 1)
 """
@@ -93,7 +93,7 @@ def register(body=None, *, check=None):
     """Decorator that makes `body(log_p, log_q, *parameters) -> (value, slope)` a divergence.
 
     `check(**parameters)`, if given, raises ValueError for parameters outside the body's domain. A registered divergence runs on
-    the torch backend at once; the compiled backends know only those of this file, and say so.
+    the torch and Triton backends at once; the native one knows only those of this file, and says so.
     Raises ValueError for the name of a built-in divergence, or a body whose first arguments are not log_p and log_q.
     """
     if body is None:

@@ -12,7 +12,7 @@ from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
 
-INTERPRETED_MULTIPROCESSORS = 3  # small and odd, so that a small problem has several splits, one of them ragged
+INTERPRETED_MULTIPROCESSORS = 7  # odd, and enough that a small problem has several blocks and several ragged splits of each
 
 
 def architecture(device: torch.device) -> str:
