@@ -54,6 +54,14 @@ def test_instruction_set_with_ragged_tokens_matches_reference(forced, isa, token
     check_loss(inputs, divergence=divergences.jensen_shannon(0.3), backend="native", **everything(tokens, vocabulary))
 
 
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lanes_beyond_the_last_token_reach_no_gradient(forced, isa, dtype):
+    # There the hidden states are zero and the log-sum-exp is: what is left of the logits, the biases, overflows exp.
+    inputs = make_inputs("moderate", 3, 300, bias=True)
+    check_loss(inputs._replace(student_bias=inputs.student_bias + 100, teacher_bias=inputs.teacher_bias + 100).to(dtype), backend="native")
+
+
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setattr(native, "INSTRUCTION_SET", "avx1024")
     with pytest.raises(ValueError, match="'avx1024' is not available"):
