@@ -19,7 +19,7 @@ class Schedule:
     reason: str = "the backend's only schedule"
     keeps_logits: bool = True  # of a chunk's tokens over the whole vocabulary
     most_tokens: int | None = None  # larger chunks would not be faster
-    most_bytes: int | None = None  # nor would more workspace
+    most_bytes: int | None = None  # nor would more memory for a chunk's tokens; `workspace_mib` alone limits what is fixed
     token_alignment: int = 1  # chunks are allocated in multiples of this
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
@@ -76,11 +76,10 @@ def keeps_logits(problem: Problem) -> tuple[bool, str]:
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
-    budget = min(problem.workspace_mib * MIB, schedule.most_bytes or problem.workspace_mib * MIB)
     logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1) if schedule.keeps_logits else 0
     token_bytes = logits_bytes + schedule.token_bytes
     alignment = schedule.token_alignment
-    left = budget - schedule.fixed_bytes
+    left = problem.workspace_mib * MIB - schedule.fixed_bytes
     # For the row kernel's temporaries a quarter, or what the smallest chunk leaves, but at least one token's.
     row_tokens = max(1, min(left // 4, left - alignment * token_bytes) // schedule.row_bytes) if schedule.row_bytes else 0
     left -= row_tokens * schedule.row_bytes
@@ -93,6 +92,8 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         )
     if schedule.most_tokens is not None:
         most = min(most, schedule.most_tokens)
+    if schedule.most_bytes is not None:
+        most = min(most, max(1, schedule.most_bytes // token_bytes // alignment) * alignment)
     chunks = max(1, -(-problem.tokens // most))
     even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
     chunk_tokens = max(alignment, -(-even // alignment) * alignment)

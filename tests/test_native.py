@@ -55,6 +55,18 @@ def test_instruction_set_with_ragged_tokens_matches_reference(forced, isa, token
 
 
 @ISA
+def test_gradient_of_the_bias_alone(forced, isa):
+    inputs = make_inputs("moderate", 70, 2500, bias=True).to(torch.bfloat16)
+
+    def gradient(backend):
+        bias = inputs.student_bias.clone().requires_grad_()
+        loss = distillation_loss(*inputs[:4], student_bias=bias, teacher_bias=inputs.teacher_bias, backend=backend, reduction="sum")
+        return torch.autograd.grad(loss, bias)[0]
+
+    torch.testing.assert_close(gradient("native"), gradient("torch"))
+
+
+@ISA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_lanes_beyond_the_last_token_reach_no_gradient(forced, isa, dtype):
     # There the hidden states are zero and the log-sum-exp is: what is left of the logits, the biases, overflows exp.
@@ -250,14 +262,23 @@ def test_native_ignores_the_default_dtype(default):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("threads", [1, 16, 64, 128])
-def test_native_plan_has_room_on_many_cores(threads, monkeypatch):
+NO_GRADIENT = {"hidden_gradient": False, "weight_gradient": False}
+
+
+@pytest.mark.parametrize("threads", [1, 16, 64, 96, 128, 384])
+@pytest.mark.parametrize("options", [{}, NO_GRADIENT, NO_GRADIENT | {"divergence": "total_variation"}], ids=str)
+def test_native_plan_has_room_on_many_cores(threads, options, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native")
+    planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native", **options)
     assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= WORKSPACE_MIB * 2**20
 
 
-NO_GRADIENT = {"hidden_gradient": False, "weight_gradient": False}
+def test_tile_fused_chunks_do_not_depend_on_threads(monkeypatch):
+    planned = []
+    for threads in (1, 8, 128):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        planned.append(plan(100_000, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native", **NO_GRADIENT).chunk_tokens)
+    assert len(set(planned)) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ INSTRUCTION_SET = ""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
 NO_MATRIX = (0, 0, 0)
 CHUNK_TOKENS = 192  # of the chunked schedule: then products no longer wait for memory, and more would be fresh pages to clear
-SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: a thousand tokens and more share each pass over the heads
+# Of the tile-fused schedule on up to eight threads: a thousand tokens and more share each pass over the heads.
+SWEEP_BYTES = 32 * 2**20
 MOST_VOCABULARY = 2**31 - 1  # vocabulary entries are 32-bit in vector registers
 
 
@@ -57,7 +58,7 @@ def schedule(problem: Problem) -> Schedule:
     # Linear in the tokens, but for hidden states that are padded to whole panels: the least chunk's padding bounds every other's.
     least, panel, threads = _native.token_alignment, _native.panel, torch.get_num_threads()
     share = (_scratch_bytes(problem, 2 * panel, threads) - _scratch_bytes(problem, panel, threads)) // panel
-    fixed = _scratch_bytes(problem, least, threads) - least * share
+    fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
     return Schedule(
@@ -65,7 +66,7 @@ def schedule(problem: Problem) -> Schedule:
         reason=reason,
         keeps_logits=keeps,
         most_tokens=CHUNK_TOKENS if keeps else None,
-        most_bytes=None if keeps else SWEEP_BYTES,
+        most_bytes=None if keeps else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
         token_alignment=_native.token_alignment,
         token_bytes=share + gathered,
         fixed_bytes=fixed,
