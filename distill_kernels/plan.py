@@ -32,6 +32,7 @@ class Plan:
     reason: str  # why that one
     chunk_tokens: int  # tokens that go through at a time
     chunks: int  # when no token is masked
+    token_alignment: int  # what a kernel rounds a chunk's tokens up to
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
     workspace_bytes: int
     gradient_bytes: int  # accumulators of the gradients, in the compute dtype
@@ -73,6 +74,12 @@ def keeps_logits(problem: Problem) -> tuple[bool, str]:
     return False, "without gradients one pass over the heads sums everything, so no logits are kept"
 
 
+def even_chunks(tokens: int, most: int, alignment: int) -> int:
+    """Tokens to a chunk, at most `most`: chunks of one size, rather than a last one with a few tokens."""
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // (chunks * alignment))) * alignment
+
+
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
@@ -94,9 +101,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         most = min(most, schedule.most_tokens)
     if schedule.most_bytes is not None:
         most = min(most, max(1, schedule.most_bytes // token_bytes // alignment) * alignment)
-    chunks = max(1, -(-problem.tokens // most))
-    even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
-    chunk_tokens = max(alignment, -(-even // alignment) * alignment)
+    chunk_tokens = even_chunks(problem.tokens, most, alignment)
     row_tokens = min(row_tokens, chunk_tokens)
 
     student_values = problem.tokens * problem.student_dim * problem.d_hidden
@@ -111,6 +116,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         reason=schedule.reason,
         chunk_tokens=chunk_tokens,
         chunks=max(1, -(-problem.tokens // chunk_tokens)),
+        token_alignment=alignment,
         row_tokens=row_tokens,
         workspace_bytes=chunk_tokens * token_bytes + schedule.fixed_bytes + row_tokens * schedule.row_bytes,
         gradient_bytes=gradient_values * element,

@@ -262,6 +262,37 @@ def test_native_ignores_the_default_dtype(default):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def lanes(monkeypatch):
+    """(tokens, stride) of every chunk that the kernel receives."""
+    received = []
+    run_chunk = native._native.run_chunk
+    monkeypatch.setattr(
+        native._native, "run_chunk", lambda chunk, *rest: received.append((chunk["tokens"], chunk["stride"])) or run_chunk(chunk, *rest)
+    )
+    return received
+
+
+@pytest.mark.parametrize(
+    "tokens, active, expected",
+    [
+        (5, 5, [(5, 16)]),
+        (192, 192, [(192, 192)]),
+        (193, 193, [(112, 112), (81, 96)]),  # not 192 and 1
+        (400, 17, [(17, 32)]),
+        (400, 200, [(112, 112), (88, 96)]),  # of 3 chunks that the plan has for 400
+        (400, 0, []),
+    ],
+)
+def test_kernel_computes_no_more_lanes_than_tokens_that_count(tokens, active, expected, lanes):
+    """Products and sums run over a chunk's stride, so that it is what a call costs."""
+    inputs = make_inputs("moderate", tokens, 300)
+    weight = torch.zeros(tokens)
+    weight[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:active]] = 1.0
+    check_loss(inputs, token_weight=None if active == tokens else weight, backend="native")
+    assert lanes == expected
+
+
 NO_GRADIENT = {"hidden_gradient": False, "weight_gradient": False}
 
 

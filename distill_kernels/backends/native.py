@@ -81,22 +81,23 @@ def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
-    stride, threads = plan.chunk_tokens, torch.get_num_threads()  # read once: the scratch is sized by it
+    threads = torch.get_num_threads()  # read once: the scratch is sized by it
     float32 = {"like": tensors.student_hidden, "dtype": torch.float32}
-    scratch = memory.empty(_scratch_bytes(problem, stride, threads) // 4, **float32)
+    scratch = memory.empty(_scratch_bytes(problem, plan.chunk_tokens, threads) // 4, **float32)
     logits = [None, None]
     if plan.schedule == "chunked":
-        logits = [memory.empty(problem.vocabulary, stride, **float32) for _ in range(2 if problem.teacher_dim else 1)]
+        logits = [memory.empty(problem.vocabulary, plan.chunk_tokens, **float32) for _ in range(2 if problem.teacher_dim else 1)]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
     common = _nothing(problem)
 
     def kernel(chunk: chunked.Chunk):
         hidden = [None if h is None else _by_rows(h) for h in (chunk.student_hidden, chunk.teacher_hidden)]
+        tokens = hidden[0].shape[0]
         arguments = {
             **common,
-            "tokens": hidden[0].shape[0],
-            "stride": stride,
+            "tokens": tokens,
+            "stride": -(-tokens // plan.token_alignment) * plan.token_alignment,  # what is beyond the tokens is computed, and costs
             "student": common["student"]
             | {"hidden": _matrix(hidden[0]), "weight": _matrix(weights[0]), "bias": _address(biases[0]), "logits": _address(logits[0])},
             "labels": _address(chunk.labels) if problem.cross_entropy else 0,
