@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -260,6 +262,33 @@ def test_native_ignores_the_default_dtype(default):
         assert torch.equal(distillation_loss(*inputs, backend="native"), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+SUBNORMAL_FLOAT16 = """
+import sys, torch
+from distill_kernels import distillation_loss
+from distill_kernels.backends import native
+
+torch.set_num_threads(1)  # the mode is a thread's own
+native.INSTRUCTION_SET = sys.argv[1]
+generator = torch.Generator().manual_seed(0)
+large, small = (torch.randn(40, 50, generator=generator).mul(scale).half() for scale in (1e4, 3e-5))
+assert 0 < small.abs().median() < torch.finfo(torch.float16).smallest_normal
+tensors = (large, small, small, large), (large.float(), small.float(), small.float(), large.float())
+if not torch.set_flush_denormal(True):
+    print("unsupported")
+    sys.exit()
+half, single = (distillation_loss(*four, reduction="none", backend="native") for four in tensors)
+assert single.min() > 0.1 and torch.equal(half, single), (half, single)
+"""
+
+
+@ISA
+def test_subnormal_float16_is_read_where_subnormals_are_flushed(isa):
+    ran = subprocess.run([sys.executable, "-c", SUBNORMAL_FLOAT16, isa], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    if "unsupported" in ran.stdout:
+        pytest.skip("this processor has no such mode")
 
 
 @pytest.fixture
