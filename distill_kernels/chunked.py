@@ -1,8 +1,10 @@
-"""The chunked schedule: the tokens go through a backend's kernel a chunk at a time, so that logits exist for one chunk only.
+"""The tokens go through a backend's kernel a chunk at a time, so that logits exist for one chunk only: the chunked schedule.
 
 For each chunk a kernel makes both models' logits in a workspace that every chunk reuses, the loss terms, the gradient of the logits
 in their place, and from it d_hidden of the chunk and its share of d_weight: 3S + 1T products in all, S and T being one student- and
 one teacher-head product. Tokens whose coefficients are all zero are left out before anything is multiplied.
+
+The tile-fused schedule comes this way too, with larger chunks, kernels that keep no logits, and no gradients: 1S + 1T.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from distill_kernels import memory
-from distill_kernels.plan import Plan
+from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
 
 
@@ -67,18 +69,19 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
         outputs.d_weight.zero_()
         outputs.d_bias.zero_()
 
-    for begin in range(0, count, plan.chunk_tokens):
-        end = min(begin + plan.chunk_tokens, count)
+    size = even_chunks(count, plan.chunk_tokens, plan.token_alignment)
+    for begin in range(0, count, size):
+        end = min(begin + size, count)
         tokens = slice(begin, end) if active is None else active[begin:end]
 
         def read(tensor, tokens=tokens):
             return None if tensor is None else tensor[tokens]
 
-        def written(tensor, wanted, size=end - begin, tokens=tokens):
+        def written(tensor, wanted, tokens=tokens):
             """Where the kernel writes a per-token output: in place if the chunk's tokens are neighbours."""
             if not wanted:
                 return None
-            return tensor[tokens] if active is None else tensor.new_empty(size, *tensor.shape[1:])
+            return tensor[tokens] if active is None else tensor.new_empty(len(tokens), *tensor.shape[1:])
 
         chunk = Chunk(
             read(tensors.student_hidden),

@@ -19,7 +19,7 @@ class Schedule:
     reason: str = "the backend's only schedule"
     keeps_logits: bool = True  # of a chunk's tokens over the whole vocabulary
     most_tokens: int | None = None  # larger chunks would not be faster
-    most_bytes: int | None = None  # nor would more workspace
+    most_bytes: int | None = None  # nor would more memory for a chunk's tokens; `workspace_mib` alone limits what is fixed
     token_alignment: int = 1  # chunks are allocated in multiples of this
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
@@ -32,6 +32,7 @@ class Plan:
     reason: str  # why that one
     chunk_tokens: int  # tokens that go through at a time
     chunks: int  # when no token is masked
+    token_alignment: int  # what a kernel rounds a chunk's tokens up to
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
     workspace_bytes: int
     gradient_bytes: int  # accumulators of the gradients, in the compute dtype
@@ -73,14 +74,19 @@ def keeps_logits(problem: Problem) -> tuple[bool, str]:
     return False, "without gradients one pass over the heads sums everything, so no logits are kept"
 
 
+def even_chunks(tokens: int, most: int, alignment: int) -> int:
+    """Tokens to a chunk, at most `most`: chunks of one size, rather than a last one with a few tokens."""
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // (chunks * alignment))) * alignment
+
+
 def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
-    budget = min(problem.workspace_mib * MIB, schedule.most_bytes or problem.workspace_mib * MIB)
     logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1) if schedule.keeps_logits else 0
     token_bytes = logits_bytes + schedule.token_bytes
     alignment = schedule.token_alignment
-    left = budget - schedule.fixed_bytes
+    left = problem.workspace_mib * MIB - schedule.fixed_bytes
     # For the row kernel's temporaries a quarter, or what the smallest chunk leaves, but at least one token's.
     row_tokens = max(1, min(left // 4, left - alignment * token_bytes) // schedule.row_bytes) if schedule.row_bytes else 0
     left -= row_tokens * schedule.row_bytes
@@ -93,9 +99,9 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         )
     if schedule.most_tokens is not None:
         most = min(most, schedule.most_tokens)
-    chunks = max(1, -(-problem.tokens // most))
-    even = -(-problem.tokens // chunks)  # chunks of one size, rather than a last one with a few tokens
-    chunk_tokens = max(alignment, -(-even // alignment) * alignment)
+    if schedule.most_bytes is not None:
+        most = min(most, max(1, schedule.most_bytes // token_bytes // alignment) * alignment)
+    chunk_tokens = even_chunks(problem.tokens, most, alignment)
     row_tokens = min(row_tokens, chunk_tokens)
 
     student_values = problem.tokens * problem.student_dim * problem.d_hidden
@@ -110,6 +116,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         reason=schedule.reason,
         chunk_tokens=chunk_tokens,
         chunks=max(1, -(-problem.tokens // chunk_tokens)),
+        token_alignment=alignment,
         row_tokens=row_tokens,
         workspace_bytes=chunk_tokens * token_bytes + schedule.fixed_bytes + row_tokens * schedule.row_bytes,
         gradient_bytes=gradient_values * element,

@@ -14,8 +14,8 @@ import numpy as np
 
 # Tokens, vocabulary, dims of student and teacher: one task and several, whole vectors and ragged ones, panels of tokens.
 SHAPES = ((1, 97, 8, 8), (19, 1, 1, 3), (33, 2600, 65, 30), (130, 3500, 24, 70), (80, 9300, 6, 16))
-# Whether logits are kept, and whether gradients are made of them.
-SCHEDULES = ((True, True), (True, False), (False, False))
+# Whether logits are kept, whether gradients are made of them, and whether stats are asked for, which takes the sweep of the sums.
+SCHEDULES = ((True, True, True), (True, True, False), (True, False, True), (False, False, True), (False, False, False))
 DIVERGENCES = ("forward_kl", "total_variation")  # summed in the first sweep, and in one of its own
 
 
@@ -35,7 +35,7 @@ def aligned(*shape):
     return room[begin : begin + count].reshape(shape)
 
 
-def chunk(extension, isa, shape, bfloat16, keeps, gradients, divergence, threads):
+def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, threads):
     """Everything that run_chunk writes for one random chunk."""
     tokens, vocabulary, *dims = shape
     stride = -(-tokens // extension.token_alignment) * extension.token_alignment
@@ -62,7 +62,9 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, divergence, threads
             "logits": address(aligned(vocabulary, stride)) if keeps else 0,
         }
 
-    written = {"terms": aligned(tokens, 3), "stats": aligned(tokens, 6)}
+    written = {"terms": aligned(tokens, 3)}
+    if stats:
+        written["stats"] = aligned(tokens, 6)
     if gradients:
         written |= {"d_hidden": aligned(tokens, dims[0]), "d_weight": aligned(vocabulary, dims[0]), "d_bias": aligned(vocabulary)}
     arguments = {

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -52,6 +54,26 @@ def test_instruction_set_matches_reference(forced, isa, divergence):
 def test_instruction_set_with_ragged_tokens_matches_reference(forced, isa, tokens, vocabulary):
     inputs = make_inputs("grid", tokens, vocabulary, 8, 8, bias=True)
     check_loss(inputs, divergence=divergences.jensen_shannon(0.3), backend="native", **everything(tokens, vocabulary))
+
+
+@ISA
+def test_gradient_of_the_bias_alone(forced, isa):
+    inputs = make_inputs("moderate", 70, 2500, bias=True).to(torch.bfloat16)
+
+    def gradient(backend):
+        bias = inputs.student_bias.clone().requires_grad_()
+        loss = distillation_loss(*inputs[:4], student_bias=bias, teacher_bias=inputs.teacher_bias, backend=backend, reduction="sum")
+        return torch.autograd.grad(loss, bias)[0]
+
+    torch.testing.assert_close(gradient("native"), gradient("torch"))
+
+
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lanes_beyond_the_last_token_reach_no_gradient(forced, isa, dtype):
+    # There the hidden states are zero and the log-sum-exp is: what is left of the logits, the biases, overflows exp.
+    inputs = make_inputs("moderate", 3, 300, bias=True)
+    check_loss(inputs._replace(student_bias=inputs.student_bias + 100, teacher_bias=inputs.teacher_bias + 100).to(dtype), backend="native")
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
@@ -152,6 +174,22 @@ def test_bits_do_not_depend_on_threads(forced, isa, divergence, threads):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens, vocabulary", [(20, 10_400), (200, 1000)])  # more tasks than threads in the vocabulary, and fewer
+def test_bits_do_not_depend_on_up_to_eight_threads(forced, isa, dtype, tokens, vocabulary, threads):
+    inputs = make_inputs("realistic", tokens, vocabulary, 70, 30, bias=True).to(dtype)
+    options = {"divergence": divergences.jensen_shannon(0.3), "backend": "native", **everything(tokens, vocabulary)}
+    results = []
+    for count in (1, 5, 8):
+        threads(count)
+        loss = with_gradients(distillation_loss, inputs, 1.7, **options)
+        alone = distillation_loss(*inputs[:4], backend="native", reduction="none")
+        results.append([alone, *loss.values()])
+    assert all(value.isfinite().all() and value.abs().max() > 0 for value in results[0])
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
+
+
 def test_chunks_do_not_depend_on_threads(threads):
     # Chunk borders decide the order of d_weight's sums. 6000 entries and 3 MiB are a tight fit.
     inputs = make_inputs("moderate", 61, 6000, 24, 16)
@@ -242,14 +280,81 @@ def test_native_ignores_the_default_dtype(default):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("threads", [1, 16, 64, 128])
-def test_native_plan_has_room_on_many_cores(threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native")
-    assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= WORKSPACE_MIB * 2**20
+SUBNORMAL_FLOAT16 = """
+import sys, torch
+from distill_kernels import distillation_loss
+from distill_kernels.backends import native
+
+torch.set_num_threads(1)  # the mode is a thread's own
+native.INSTRUCTION_SET = sys.argv[1]
+generator = torch.Generator().manual_seed(0)
+large, small = (torch.randn(40, 50, generator=generator).mul(scale).half() for scale in (1e4, 3e-5))
+assert 0 < small.abs().median() < torch.finfo(torch.float16).smallest_normal
+tensors = (large, small, small, large), (large.float(), small.float(), small.float(), large.float())
+if not torch.set_flush_denormal(True):
+    print("unsupported")
+    sys.exit()
+half, single = (distillation_loss(*four, reduction="none", backend="native") for four in tensors)
+assert single.min() > 0.1 and torch.equal(half, single), (half, single)
+"""
+
+
+@ISA
+def test_subnormal_float16_is_read_where_subnormals_are_flushed(isa):
+    ran = subprocess.run([sys.executable, "-c", SUBNORMAL_FLOAT16, isa], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    if "unsupported" in ran.stdout:
+        pytest.skip("this processor has no such mode")
+
+
+@pytest.fixture
+def lanes(monkeypatch):
+    """(tokens, stride) of every chunk that the kernel receives."""
+    received = []
+    run_chunk = native._native.run_chunk
+    monkeypatch.setattr(
+        native._native, "run_chunk", lambda chunk, *rest: received.append((chunk["tokens"], chunk["stride"])) or run_chunk(chunk, *rest)
+    )
+    return received
+
+
+@pytest.mark.parametrize(
+    "tokens, active, expected",
+    [
+        (5, 5, [(5, 16)]),
+        (192, 192, [(192, 192)]),
+        (193, 193, [(112, 112), (81, 96)]),  # not 192 and 1
+        (400, 17, [(17, 32)]),
+        (400, 200, [(112, 112), (88, 96)]),  # of 3 chunks that the plan has for 400
+        (400, 0, []),
+    ],
+)
+def test_kernel_computes_no_more_lanes_than_tokens_that_count(tokens, active, expected, lanes):
+    """Products and sums run over a chunk's stride, so that it is what a call costs."""
+    inputs = make_inputs("moderate", tokens, 300)
+    weight = torch.zeros(tokens)
+    weight[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:active]] = 1.0
+    check_loss(inputs, token_weight=None if active == tokens else weight, backend="native")
+    assert lanes == expected
 
 
 NO_GRADIENT = {"hidden_gradient": False, "weight_gradient": False}
+
+
+@pytest.mark.parametrize("threads", [1, 16, 64, 96, 128, 384])
+@pytest.mark.parametrize("options", [{}, NO_GRADIENT, NO_GRADIENT | {"divergence": "total_variation"}], ids=str)
+def test_native_plan_has_room_on_many_cores(threads, options, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    planned = plan(1024, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native", **options)
+    assert planned.chunk_tokens >= 16 and planned.workspace_bytes <= WORKSPACE_MIB * 2**20
+
+
+def test_tile_fused_chunks_do_not_depend_on_threads(monkeypatch):
+    planned = []
+    for threads in (1, 8, 128):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        planned.append(plan(100_000, 128256, 4096, 8192, dtype=torch.bfloat16, backend="native", **NO_GRADIENT).chunk_tokens)
+    assert len(set(planned)) == 1
 
 
 @pytest.mark.parametrize(
@@ -338,4 +443,5 @@ def test_register_tiles_multiply(isa):
     a, b, c = torch.randn(96, 288), torch.randn(288, 64), torch.empty(96, 64)
     native._native.multiply(a.data_ptr(), b.data_ptr(), c.data_ptr(), 96, 288, isa)
     torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=0, atol=1e-4)
-    assert native._native.multiply_add_rate(1000, isa) > 1e8
+    rate = native._native.multiply_add_rate(1000, isa)
+    assert math.isfinite(rate) and rate > 0

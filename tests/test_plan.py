@@ -29,6 +29,7 @@ schedules = st.builds(
     token_bytes=st.integers(0, 100_000),
     fixed_bytes=st.integers(0, 4 * MIB),
     row_bytes=st.sampled_from([0, 4 * 32_000, 48 * 50_000]),
+    most_bytes=st.none() | st.integers(-MIB, 32 * MIB),  # less than nothing, where what is fixed is more
 )
 
 
@@ -78,6 +79,8 @@ def test_plan_keeps_its_promises(problem, schedule):
     logits = plan.chunk_tokens * problem.vocabulary * problem.compute_dtype.itemsize * (2 if problem.teacher_dim else 1)
     kernel = plan.chunk_tokens * schedule.token_bytes + schedule.fixed_bytes + plan.row_tokens * schedule.row_bytes
     assert plan.workspace_bytes == logits + kernel
+    if schedule.most_bytes is not None and plan.chunk_tokens > schedule.token_alignment:
+        assert logits + plan.chunk_tokens * schedule.token_bytes <= schedule.most_bytes
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <iterator>
 
 namespace distill_kernels {
 
@@ -42,33 +43,51 @@ DK_DECLARE(avx512bf16)
 
 namespace {
 
-constexpr int kAtMost = 4;
-struct Available {
-  InstructionSet sets[kAtMost];
-  const char* names[kAtMost + 1] = {};
-  int count = 0;
+bool everywhere() { return true; }
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw");
+}
+#if defined(DK_HAS_AVX512BF16)
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
 
-  void add(InstructionSet set) {
-    names[count] = set.name;
-    sets[count++] = set;
-  }
+// Those of this build, the one to prefer first, and where each of them runs.
+struct Candidate {
+  InstructionSet set;
+  bool (*runs_here)();
+};
+constexpr Candidate kCandidates[] = {
+#if defined(DK_HAS_AVX512BF16)
+    {avx512bf16::set, &has_avx512bf16},
+#endif
+#if defined(__x86_64__)
+    {avx512::set, &has_avx512},
+    {avx2::set, &has_avx2},
+#endif
+    {baseline::set, &everywhere},
+};
+
+struct Available {
+  const InstructionSet* sets[std::size(kCandidates)] = {};
+  const char* names[std::size(kCandidates) + 1] = {};  // ended by null
+  int count = 0;
 };
 
 const Available& available() {
   static const Available found = [] {
-    Available a;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw")) {
-#if defined(DK_HAS_AVX512BF16)
-      if (__builtin_cpu_supports("avx512bf16")) a.add(avx512bf16::set);
 #endif
-      a.add(avx512::set);
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) a.add(avx2::set);
-#endif
-    a.add(baseline::set);
+    Available a;
+    for (const Candidate& candidate : kCandidates)
+      if (candidate.runs_here()) {
+        a.names[a.count] = candidate.set.name;
+        a.sets[a.count++] = &candidate.set;
+      }
     return a;
   }();
   return found;
@@ -76,9 +95,9 @@ const Available& available() {
 
 const InstructionSet* find(const char* name) {
   const Available& a = available();
-  if (name == nullptr) return &a.sets[0];
+  if (name == nullptr) return a.sets[0];
   for (int i = 0; i < a.count; ++i)
-    if (std::strcmp(a.names[i], name) == 0) return &a.sets[i];
+    if (std::strcmp(a.names[i], name) == 0) return a.sets[i];
   return nullptr;
 }
 

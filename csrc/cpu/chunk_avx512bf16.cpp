@@ -1,21 +1,13 @@
 // Every function below, templates included, is compiled for this target; it is entered only where the processor has it. Compilers
 // older than the instructions (GCC 9, Clang 8) leave it out, and chunk.cpp does too.
 #if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
+#include "avx512.h"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,avx2,fma")
 #endif
 #define DK_ISA avx512bf16
-#define DK_LANES 16
-// The nearest integer, and v·2ⁿ with the underflow and overflow that follow.
-#define DK_ROUND(v) reinterpret_cast<Vector>(_mm512_roundscale_ps(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT))
-#define DK_SCALE(v, n) reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(n)))
 // sum + left · right over two bfloat16 in each lane, exact products, float sums; and float rounded to the nearest bfloat16.
 #define DK_DOT(sum, left, right) \
   reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)(left), (__m512bh)(right)))

@@ -39,12 +39,13 @@ DK_INLINE Vector select(Integers mask, Vector a, Vector b) { return mask ? a : b
 static DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 DK_INLINE Vector from_bfloat16(Halves h) { return as_float(__builtin_convertvector(h, Integers) << 16); }
-// Exponent and mantissa moved to their places are off by 2⁻¹¹² in value, subnormals included; infinity and NaN keep all exponent bits.
+// Exponent and mantissa are moved to their places and the bias of the exponent is raised by 112; infinity and NaN have all exponent bits.
+// A subnormal is an integer times 2⁻²⁴: no subnormal float on the way, which a caller may have the processor take for zero.
 DK_INLINE Vector from_float16(Halves h) {
-  const Integers bits = __builtin_convertvector(h, Integers);
-  const Integers magnitude = (bits & 0x7fff) << 13;
-  const Vector finite = as_float(magnitude) * 0x1p112f;
-  const Integers value = (bits & 0x7fff) >= 0x7c00 ? magnitude | 0x7f800000 : as_bits(finite);
+  const Integers bits = __builtin_convertvector(h, Integers), magnitude = bits & 0x7fff;
+  const Integers subnormal = as_bits(__builtin_convertvector(magnitude, Vector) * 0x1p-24f);
+  const Integers finite = magnitude < 0x0400 ? subnormal : (magnitude << 13) + (112 << 23);
+  const Integers value = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;
   return as_float(value | ((bits & 0x8000) << 16));
 }
 

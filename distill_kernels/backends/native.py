@@ -24,7 +24,8 @@ INSTRUCTION_SET = ""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
 NO_MATRIX = (0, 0, 0)
 CHUNK_TOKENS = 192  # of the chunked schedule: then products no longer wait for memory, and more would be fresh pages to clear
-SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: a thousand tokens and more share each pass over the heads
+# Of the tile-fused schedule on up to eight threads: a thousand tokens and more share each pass over the heads.
+SWEEP_BYTES = 32 * 2**20
 MOST_VOCABULARY = 2**31 - 1  # vocabulary entries are 32-bit in vector registers
 
 
@@ -57,7 +58,7 @@ def schedule(problem: Problem) -> Schedule:
     # Linear in the tokens, but for hidden states that are padded to whole panels: the least chunk's padding bounds every other's.
     least, panel, threads = _native.token_alignment, _native.panel, torch.get_num_threads()
     share = (_scratch_bytes(problem, 2 * panel, threads) - _scratch_bytes(problem, panel, threads)) // panel
-    fixed = _scratch_bytes(problem, least, threads) - least * share
+    fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
     return Schedule(
@@ -65,7 +66,7 @@ def schedule(problem: Problem) -> Schedule:
         reason=reason,
         keeps_logits=keeps,
         most_tokens=CHUNK_TOKENS if keeps else None,
-        most_bytes=None if keeps else SWEEP_BYTES,
+        most_bytes=None if keeps else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
         token_alignment=_native.token_alignment,
         token_bytes=share + gathered,
         fixed_bytes=fixed,
@@ -80,22 +81,23 @@ def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
-    stride, threads = plan.chunk_tokens, torch.get_num_threads()  # read once: the scratch is sized by it
+    threads = torch.get_num_threads()  # read once: the scratch is sized by it
     float32 = {"like": tensors.student_hidden, "dtype": torch.float32}
-    scratch = memory.empty(_scratch_bytes(problem, stride, threads) // 4, **float32)
+    scratch = memory.empty(_scratch_bytes(problem, plan.chunk_tokens, threads) // 4, **float32)
     logits = [None, None]
     if plan.schedule == "chunked":
-        logits = [memory.empty(problem.vocabulary, stride, **float32) for _ in range(2 if problem.teacher_dim else 1)]
+        logits = [memory.empty(problem.vocabulary, plan.chunk_tokens, **float32) for _ in range(2 if problem.teacher_dim else 1)]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
     common = _nothing(problem)
 
     def kernel(chunk: chunked.Chunk):
         hidden = [None if h is None else _by_rows(h) for h in (chunk.student_hidden, chunk.teacher_hidden)]
+        tokens = hidden[0].shape[0]
         arguments = {
             **common,
-            "tokens": hidden[0].shape[0],
-            "stride": stride,
+            "tokens": tokens,
+            "stride": -(-tokens // plan.token_alignment) * plan.token_alignment,  # what is beyond the tokens is computed, and costs
             "student": common["student"]
             | {"hidden": _matrix(hidden[0]), "weight": _matrix(weights[0]), "bias": _address(biases[0]), "logits": _address(logits[0])},
             "labels": _address(chunk.labels) if problem.cross_entropy else 0,

@@ -1,0 +1,11 @@
+// What the instruction sets of 512-bit vectors share. Headers come before a file's target: see chunk.cpp.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#define DK_LANES 16
+// The nearest integer, and v·2ⁿ with the underflow and overflow that follow.
+#define DK_ROUND(v) reinterpret_cast<Vector>(_mm512_roundscale_ps(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT))
+#define DK_SCALE(v, n) reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(n)))
