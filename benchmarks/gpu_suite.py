@@ -171,7 +171,7 @@ def rows(dry: bool) -> dict:
         )  # fmt: skip
         launcher = Launcher(problem, Tensors(hidden, weight, None, hidden, weight, None, None, coefficients))
         terms = torch.empty(tokens, 3, **new)
-        chunk = chunked.Chunk(hidden, hidden, None, coefficients, terms, None, None, None, None, True)
+        chunk = chunked.Chunk(hidden, hidden, None, coefficients, terms, None, None, None, None, 0, None)
         step = lambda chunk=chunk, launcher=launcher, s=student, t=teacher, dz=dz: launcher.rows(chunk, s, t, dz, None)  # noqa: E731
         step()
         median = statistics.median(interleaved({"rows": step}, 1.0)["rows"])

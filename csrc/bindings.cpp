@@ -41,6 +41,7 @@ dk::ChunkParams params(const py::dict& from) {
   p.terms = pointer<float>(from["terms"]);
   p.stats = pointer<float>(from["stats"]);
   p.d_hidden = pointer<float>(from["d_hidden"]);
+  p.scores = pointer<float>(from["scores"]);
   p.d_weight = pointer<float>(from["d_weight"]);
   p.d_bias = pointer<float>(from["d_bias"]);
   p.first = from["first"].cast<bool>();

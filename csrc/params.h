@@ -46,6 +46,7 @@ struct ChunkParams {
   float* d_hidden;            // (tokens, student dim), written; null: not wanted
   float* d_weight;            // (vocabulary, student dim), written if `first`, else added to; null: not wanted
   float* d_bias;              // (vocabulary), likewise
+  float* scores;              // (vocabulary), written: norms of the columns of dz, which is left in the student's logits; null: not wanted
   bool first;
   int divergence;  // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term
   float parameters[kMaxParameters];

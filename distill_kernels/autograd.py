@@ -26,10 +26,11 @@ from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
 
 
-def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(total (), terms (N, 3), stats (N, 6) or (0,)); total is differentiable unless `deferred`, terms are if `deferred`."""
+def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total (), terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)); total is differentiable unless `deferred`, terms are
+    if `deferred`."""
     divergence = problem.divergence
-    total, terms_, _, _, _, stats = terms(
+    total, terms_, _, _, _, stats, gradient_error = terms(
         *tensors,
         "" if divergence is None else divergence.name,
         [] if divergence is None else list(divergence.parameters),
@@ -37,7 +38,7 @@ def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> 
         backend,
         deferred,
     )
-    return total, terms_, stats
+    return total, terms_, stats, gradient_error
 
 
 def _compute(
@@ -49,6 +50,7 @@ def _compute(
     teacher_bias: Tensor | None,  # (V,)
     labels: Tensor | None,  # (N,)
     coefficients: Tensor,  # (N, 3)
+    seed: Tensor | None,  # ()
     divergence: str,  # "": none
     parameters: Sequence[float],
     cross_entropy: bool,
@@ -62,12 +64,13 @@ def _compute(
     d_hidden: bool,
     d_weight: bool,
     d_bias: bool,
+    column_fraction: float,
     stats: bool,
     compact: bool,
     workspace_mib: int,
     backend: str,
     deferred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
     check_labels("labels", labels, problem.vocabulary)
     outputs = backends.choose(problem, backend).run(problem, tensors)
@@ -111,15 +114,15 @@ def _(*args, **kwargs):
 def _save(ctx, inputs, output):
     arguments = dict(zip(ARGUMENTS, inputs, strict=True))
     tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
-    total, terms_, d_hidden, d_weight, d_bias, stats = output
+    total, terms_, d_hidden, d_weight, d_bias, stats, gradient_error = output
     ctx.set_materialize_grads(False)
     ctx.scalars = arguments
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
     if arguments["deferred"]:
-        ctx.mark_non_differentiable(total, d_hidden, d_weight, d_bias, stats)
+        ctx.mark_non_differentiable(total, d_hidden, d_weight, d_bias, stats, gradient_error)
         ctx.save_for_backward(*tensors)
     else:
-        ctx.mark_non_differentiable(terms_, d_hidden, d_weight, d_bias, stats)
+        ctx.mark_non_differentiable(terms_, d_hidden, d_weight, d_bias, stats, gradient_error)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
 
 

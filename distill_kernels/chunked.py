@@ -23,6 +23,7 @@ class Outputs(NamedTuple):
     d_weight: torch.Tensor  # (V, D_s), likewise
     d_bias: torch.Tensor  # (V,), likewise
     stats: torch.Tensor  # (N, 6), likewise
+    gradient_error: torch.Tensor  # (2,) predicted of d_hidden and d_weight, relative, if they are sampled and stats are wanted, else (0,)
 
 
 class Chunk(NamedTuple):
@@ -37,7 +38,12 @@ class Chunk(NamedTuple):
     d_hidden: torch.Tensor | None  # (n, D_s) written
     d_weight: torch.Tensor | None  # (V, D_s) written by the first chunk, added to by the others
     d_bias: torch.Tensor | None  # (V,) likewise
-    first: bool
+    index: int
+    variance: torch.Tensor | None  # (2,) added to: predicted squared error of d_hidden and d_weight; None: not wanted
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
 
 
 def empty_outputs(problem: Problem, like: torch.Tensor) -> Outputs:
@@ -52,6 +58,7 @@ def empty_outputs(problem: Problem, like: torch.Tensor) -> Outputs:
         new(problem.d_weight, problem.vocabulary, problem.student_dim),
         new(problem.d_bias, problem.vocabulary),
         new(problem.stats, problem.tokens, len(STATS)),
+        new(problem.stats and problem.kept_columns, 2),
     )
 
 
@@ -69,6 +76,9 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
         outputs.d_weight.zero_()
         outputs.d_bias.zero_()
 
+    variance = outputs.gradient_error.zero_() if outputs.gradient_error.numel() else None
+    if problem.kept_columns:
+        outputs.d_weight.zero_()  # most rows are of no chunk
     size = even_chunks(count, plan.chunk_tokens, plan.token_alignment)
     for begin in range(0, count, size):
         end = min(begin + size, count)
@@ -93,11 +103,16 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
             written(outputs.d_hidden, problem.d_hidden),
             outputs.d_weight if problem.d_weight else None,
             outputs.d_bias if problem.d_bias else None,
-            first=begin == 0,
+            index=begin // size,
+            variance=variance,
         )
         kernel(chunk)
         if active is not None:
             for output, part in ((outputs.terms, chunk.terms), (outputs.stats, chunk.stats), (outputs.d_hidden, chunk.d_hidden)):
                 if part is not None:
                     output[tokens] = part
+    if variance is not None:
+        # The estimate's square exceeds the gradient's by the variance, in expectation.
+        squares = torch.stack([gradient.square().sum() for gradient in (outputs.d_hidden, outputs.d_weight)])
+        variance.copy_((variance / (squares - variance).clamp(min=torch.finfo(squares.dtype).tiny)).sqrt())
     return outputs

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from distill_kernels.columns import kept_columns
 from distill_kernels.divergences import Divergence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +39,7 @@ class Tensors(NamedTuple):
     teacher_bias: torch.Tensor | None  # (V,)
     labels: torch.Tensor | None  # (N,) int64, NO_LABEL where there is none
     coefficients: torch.Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
+    seed: torch.Tensor | None = None  # () int64, of the columns that gradients go over; None where they go over all
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Problem:
     d_hidden: bool = True  # which gradients are asked for
     d_weight: bool = True
     d_bias: bool = False
+    column_fraction: float = 0.0  # of the vocabulary that gradient products go over; 0: all of it
     stats: bool = False
     compact: bool = False  # some tokens may be masked
     workspace_mib: int = WORKSPACE_MIB
@@ -72,6 +75,11 @@ class Problem:
     @property
     def gradient(self) -> bool:
         return self.d_hidden or self.d_weight or self.d_bias
+
+    @property
+    def kept_columns(self) -> int:
+        """Columns that a chunk's gradient products go over; 0: the exact products run."""
+        return kept_columns(self.vocabulary, self.column_fraction) if self.d_hidden or self.d_weight else 0
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -142,10 +150,11 @@ def check_options(
     if workspace_mib is not None:
         integer("workspace_mib", workspace_mib, least=1)
     if seed is not None:
-        integer("seed", seed)
+        integer("seed", seed, least=0)
+        if seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {seed}")
     if column_fraction is not None:
         finite_number("column_fraction", column_fraction, above=0, most=1)
-        raise NotImplementedError("column_fraction: column-sampled gradients are not available yet; pass None for exact gradients")
     if sweep is not None:
         raise NotImplementedError(f"sweep={sweep!r}: quantised sweeps are not available yet; pass None for the exact one")
     if process_group is not None:

@@ -6,7 +6,8 @@ matrices into float32 (CUDA) it is asked to; elsewhere a 16-bit head is widened 
 
 import torch
 
-from distill_kernels.problem import Problem
+from distill_kernels.columns import draw, philox
+from distill_kernels.problem import Problem, Tensors
 
 PANEL_BYTES = 2 * 2**20  # of a 16-bit head, widened at a time: stays in a core's share of L3 between widening and product
 
@@ -31,6 +32,45 @@ def panel_rows(problem: Problem) -> int:
 
 def panel_bytes(problem: Problem) -> int:
     return panel_rows(problem) * max(problem.student_dim, problem.teacher_dim) * problem.compute_dtype.itemsize
+
+
+def sampled_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes that sampled products take for each token of a chunk, and beside: the kept columns of dz; of the head and d_weight; scores,
+    probabilities and their sums."""
+    kept = problem.kept_columns
+    return 8 * kept, kept * (problem.student_dim * (problem.student_dtype.itemsize + 4) + 24) + 48 * problem.vocabulary * bool(kept)
+
+
+class Sampler:
+    """Draws the columns that each chunk's gradients go over, and multiplies them; see `columns`."""
+
+    def __init__(self, problem: Problem, tensors: Tensors, products: "Products", chunks: int):
+        self.kept = problem.kept_columns
+        self.weight, self.products = tensors.student_weight, products
+        if self.kept:
+            self.uniforms = philox(tensors.seed, torch.arange(chunks, device=tensors.seed.device))
+
+    def draw(self, scores, chunk):
+        """Columns (K,) of a chunk and their weights 1/π (K,), from the norms of dz's columns (V,)."""
+        return draw(scores, self.kept, self.uniforms[chunk.index])
+
+    def gradients(self, chunk, dz, columns, inverse):
+        """d_hidden ← and d_weight += of a chunk by dz (n, K), the kept columns already times their weights."""
+        rows = self.weight.index_select(0, columns)
+        made = None
+        if chunk.d_hidden is not None:
+            self.products.d_hidden(dz, rows, chunk.d_hidden)
+        if chunk.d_weight is not None:
+            made = chunk.d_weight.new_empty(rows.shape)
+            self.products.d_weight(dz, chunk.student_hidden, made, first=True)
+            chunk.d_weight.index_add_(0, columns, made)
+        if chunk.variance is not None:
+            # Σ over all columns of (1/π − 1)·‖·‖², itself estimated from those kept, whose weights are squared in dz already.
+            left_out = 1 - 1 / inverse
+            norms = dz.float().square().sum(0) * rows.float().square().sum(1)
+            chunk.variance[0] += (left_out * norms).sum()
+            if made is not None:
+                chunk.variance[1] += (left_out * made.square().sum(1)).sum()
 
 
 class Products:

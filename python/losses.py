@@ -1,7 +1,7 @@
 """The losses: what a training loop calls. Flattening, masks, reduction and autocast are done here, everything else below."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def distillation_loss(
         >>> loss = distillation_loss(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96), temperature=2.0)
         >>> loss.backward()
     """
-    loss, _, _ = _distillation_loss(**locals(), stats=False)
+    loss, _, _, _ = _distillation_loss(**locals(), stats=False)
     return loss
 
 
@@ -101,11 +101,12 @@ class DistillationStats:
     top1_agreement: Tensor  # 1 where both models have the same most probable token
     tail_mass: Tensor  # student's probability on tokens to which the teacher gives less than 1e-4
     valid: Tensor  # bool: not masked, and of non-zero weight
+    gradient_error: Tensor | None = None  # (2,), not of a token: predicted relative error of d_student_hidden and d_student_weight
 
     def mean(self) -> dict[str, Tensor]:
         """Means over valid tokens, 0-d tensors."""
         count = self.valid.sum().clamp(min=1)
-        return {f.name: getattr(self, f.name).sum() / count for f in fields(self) if f.name != "valid"}
+        return {name: getattr(self, name).sum() / count for name in contract.STATS}
 
 
 def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationStats]:
@@ -118,8 +119,8 @@ def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationS
     """
     call = SIGNATURE.bind(*args, **options)
     call.apply_defaults()
-    loss, stats, valid = _distillation_loss(**call.arguments, stats=True)
-    return loss, DistillationStats(*stats.unbind(-1), valid=valid)
+    loss, stats, valid, gradient_error = _distillation_loss(**call.arguments, stats=True)
+    return loss, DistillationStats(*stats.unbind(-1), valid=valid, gradient_error=gradient_error if gradient_error.numel() else None)
 
 
 SIGNATURE = inspect.signature(distillation_loss)
@@ -205,7 +206,7 @@ def token_logprobs(
         compact=True,
         workspace_mib=workspace_mib,
     )
-    _, terms, _ = autograd.run(problem, tensors, backend=backend, deferred=True)
+    _, terms, _, _ = autograd.run(problem, tensors, backend=backend, deferred=True)
     terms = terms * coefficients  # so that no gradient reaches a masked position, whatever the caller does with its 0
     return -terms[:, 1].view(token_ids.shape), terms[:, 0].view(token_ids.shape)
 
@@ -223,7 +224,7 @@ def _distillation_loss(
     student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, student_bias, teacher_bias, token_weight, num_items, stats,
     **options,
 ):  # fmt: skip
-    """(loss, stats (..., 6), valid (...)): validated, reduced, everything `distillation_loss` documents."""
+    """(loss, stats (..., 6), valid (...), gradient_error (2,) or (0,)): validated, reduced, everything `distillation_loss` documents."""
     _check_options(options)
     tokens = _check_tensors(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
@@ -258,6 +259,7 @@ def _distillation_loss(
         cross_entropy=labels is not None and (ce != 0 or stats),
         z_loss=z_loss != 0,
         stats=stats,
+        column_fraction=options["column_fraction"] or 0.0,
         compact=labels is not None or token_weight is not None,
         **{
             name: options[name]
@@ -268,10 +270,19 @@ def _distillation_loss(
         workspace_mib=contract.workspace(options["workspace_mib"], student_hidden.device),
     )  # fmt: skip
     deferred = options["reduction"] == "none"
-    loss, terms, per_token = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
+    if problem.kept_columns:
+        tensors = tensors._replace(seed=_seed(options["seed"], student_hidden.device))
+    loss, terms, per_token, gradient_error = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
     if deferred:
         loss = (coefficients * terms).sum(-1).view(tokens)
-    return loss, per_token.view(*tokens, len(contract.STATS)) if stats else None, valid & (factor != 0)
+    return loss, per_token.view(*tokens, len(contract.STATS)) if stats else None, valid & (factor != 0), gradient_error
+
+
+def _seed(seed, device):
+    """The seed () int64 on the device: the one given, or drawn from torch's generator of the device."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _check_tensors(

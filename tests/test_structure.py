@@ -69,13 +69,14 @@ def layer(name):
 
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
-SHARED = {"divergences", "problem", "plan", "memory", "products"}
+SHARED = {"divergences", "columns", "problem", "plan", "memory", "products"}
 ALLOWED = {
     "divergences": set(),
     "memory": set(),
-    "problem": {"divergences"},
+    "problem": {"columns", "divergences"},
     "plan": {"divergences", "problem"},
-    "products": {"problem"},
+    "products": {"columns", "problem"},
+    "columns": set(),
     "chunked": SHARED,
     "backends": SHARED,  # and one backend at a time, by name, in load()
     "autograd": SHARED | {"chunked", "backends"},

@@ -13,6 +13,7 @@ from distill_kernels import chunked, memory
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
+from distill_kernels.products import Products, Sampler, panel_bytes, sampled_bytes
 
 try:
     from distill_kernels import _native
@@ -61,6 +62,9 @@ def schedule(problem: Problem) -> Schedule:
     fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
+    if problem.kept_columns:
+        sampled_fixed_bytes += panel_bytes(problem)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
@@ -68,8 +72,8 @@ def schedule(problem: Problem) -> Schedule:
         most_tokens=CHUNK_TOKENS if keeps else None,
         most_bytes=None if keeps else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
         token_alignment=_native.token_alignment,
-        token_bytes=share + gathered,
-        fixed_bytes=fixed,
+        token_bytes=share + gathered + sampled_token_bytes,
+        fixed_bytes=fixed + sampled_fixed_bytes,
     )
 
 
@@ -90,6 +94,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
     common = _nothing(problem)
+    sampler = Sampler(problem, tensors, Products(problem, tensors.student_hidden.device), plan.chunks)
+    scores = torch.empty(problem.vocabulary, dtype=torch.float32) if sampler.kept else None
 
     def kernel(chunk: chunked.Chunk):
         hidden = [None if h is None else _by_rows(h) for h in (chunk.student_hidden, chunk.teacher_hidden)]
@@ -104,8 +110,9 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
             "coefficients": _address(chunk.coefficients),
             "terms": _address(chunk.terms),
             "stats": _address(chunk.stats),
-            "d_hidden": _address(chunk.d_hidden),
-            "d_weight": _address(chunk.d_weight),
+            "d_hidden": 0 if sampler.kept else _address(chunk.d_hidden),
+            "d_weight": 0 if sampler.kept else _address(chunk.d_weight),
+            "scores": _address(scores),
             "d_bias": _address(chunk.d_bias),
             "first": chunk.first,
         }
@@ -117,6 +124,11 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
                 "logits": _address(logits[1]),
             }
         _native.run_chunk(arguments, scratch.data_ptr(), threads, INSTRUCTION_SET)
+        if sampler.kept:
+            columns, inverse = sampler.draw(scores, chunk)
+            dz = logits[0].view(-1)[: problem.vocabulary * arguments["stride"]].view(problem.vocabulary, -1)  # as the kernel left it
+            kept = dz.index_select(0, columns)[:, : arguments["tokens"]].mul_(inverse[:, None])
+            sampler.gradients(chunk, kept.T, columns, inverse)
 
     return chunked.run(problem, tensors, plan, kernel)
 
@@ -139,8 +151,9 @@ def _nothing(problem: Problem) -> dict:
         "coefficients": 0,
         "terms": 0,
         "stats": 0,
-        "d_hidden": int(problem.d_hidden),
-        "d_weight": int(problem.d_weight),
+        "d_hidden": int(problem.d_hidden and not problem.kept_columns),
+        "d_weight": int(problem.d_weight and not problem.kept_columns),
+        "scores": int(problem.kept_columns > 0),
         "d_bias": int(problem.d_bias),
         "first": True,
         "divergence": -1 if divergence is None else _native.divergences.index(divergence.name),

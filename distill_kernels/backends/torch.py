@@ -12,11 +12,12 @@ from distill_kernels import chunked
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Plan, Schedule, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
-from distill_kernels.products import Products, panel_bytes
+from distill_kernels.products import Products, Sampler, panel_bytes, sampled_bytes
 
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
 ROW_BUFFERS = 12
+SAMPLED_TOKENS = 192  # of a chunk whose gradient columns are sampled: the more tokens share a sample, the flatter their columns are
 
 
 def describe() -> str:
@@ -30,10 +31,12 @@ def why_not(problem: Problem) -> str | None:
 def schedule(problem: Problem) -> Schedule:
     element = problem.compute_dtype.itemsize
     row_bytes = problem.vocabulary * element
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
     return Schedule(
+        most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         # The chunk's hidden states widened, and its d_hidden.
-        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element,
-        fixed_bytes=panel_bytes(problem),
+        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes,
+        fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,
         row_bytes=ROW_BUFFERS * row_bytes,
     )
 
@@ -42,6 +45,7 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
     dtype, device = problem.compute_dtype, tensors.student_hidden.device
     products = Products(problem, device)
+    sampler = Sampler(problem, tensors, products, plan.chunks)
     student_space, teacher_space = (
         torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
         for wanted in (True, problem.teacher_dim)
@@ -57,12 +61,16 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
             products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
         row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, chunk.labels, chunk.coefficients, chunk.terms, chunk.stats))
         dz = student_logits
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
+        if sampler.kept:
+            columns, inverse = sampler.draw(torch.linalg.vector_norm(dz, dim=0), chunk)
+            sampler.gradients(chunk, dz.index_select(1, columns).mul_(inverse), columns, inverse)
+            return
         if chunk.d_hidden is not None:
             products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
         if chunk.d_weight is not None:
             products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
-        if chunk.d_bias is not None:
-            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
 
     return chunked.run(problem, tensors, plan, kernel)
 

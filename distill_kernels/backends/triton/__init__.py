@@ -9,10 +9,11 @@ import torch
 from distill_kernels import chunked
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
-from distill_kernels.products import Products, multiplies_wide, panel_bytes
+from distill_kernels.products import Products, Sampler, multiplies_wide, panel_bytes, sampled_bytes
 
 MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
 SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: thousands of tokens share each pass over the heads
+SAMPLED_TOKENS = 512  # of a chunk whose gradient columns are sampled: fewer sample better, but each reads the heads again
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -65,13 +66,15 @@ def schedule(problem: Problem) -> Schedule:
         if not multiplies_wide(problem.device):
             token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
             fixed_bytes += panel_bytes(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
         keeps_logits=keeps,
+        most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         most_bytes=None if keeps else SWEEP_BYTES,
-        token_bytes=token_bytes,
-        fixed_bytes=fixed_bytes,
+        token_bytes=token_bytes + sampled_token_bytes,
+        fixed_bytes=fixed_bytes + sampled_fixed_bytes,
     )
 
 
@@ -105,6 +108,7 @@ def _run_chunked(problem, tensors, plan, compact):
     launcher = launch.Launcher(problem, tensors)
     device = tensors.student_hidden.device
     products = Products(problem, device)
+    sampler = Sampler(problem, tensors, products, plan.chunks)
 
     def space(wanted, dtype=torch.float32):
         return torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
@@ -122,12 +126,16 @@ def _run_chunked(problem, tensors, plan, compact):
             products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
         dz = dz_space[:count] if problem.gradient else None
         launcher.rows(chunk, student_logits, teacher_logits, dz, dz_scale)
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
+        if sampler.kept:
+            columns, inverse = sampler.draw(torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32), chunk)
+            sampler.gradients(chunk, (dz.index_select(1, columns) * inverse).to(dz.dtype), columns, inverse)
+            return
         if chunk.d_hidden is not None:
             products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
         if chunk.d_weight is not None:
             products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
-        if chunk.d_bias is not None:
-            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
 
     outputs = chunked.run(problem, tensors, plan, kernel, compact)
     if dz_scale is not None:

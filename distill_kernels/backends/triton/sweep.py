@@ -29,8 +29,46 @@ class Configuration:
     reason: str
 
 
+# By the target's architecture and the bytes of an element. None spills in any variant (benchmarks/results/triton_compile.csv).
 CONFIGURATIONS = {
     "interpreter": (Configuration(16, 32, 16, 1, 1, False, "small, so that small tests have several tiles in every direction"),),
+    # Also of 8.6, 8.9 and 12.x, which have 99 KiB of shared memory.
+    ("sm_80", 2): (
+        Configuration(32, 128, 64, 8, 4, False, "60 KiB in flight, for few tokens wait for memory; on 4 warps it spills"),
+        Configuration(64, 64, 64, 8, 4, False, "the largest that never spills: 64 x 128 lacks one register for totals"),
+    ),
+    ("sm_80", 4): (
+        Configuration(32, 128, 32, 8, 3, False, "no tensor cores; 40 KiB in flight, for few tokens wait for memory"),
+        Configuration(64, 64, 16, 8, 3, False, "no tensor cores: operands take registers, which a depth of 32 spills"),
+    ),
+    ("sm_90", 2): (
+        Configuration(16, 128, 64, 4, 5, True, "72 KiB in flight, for few tokens wait for memory; too few rows for wgmma"),
+        Configuration(32, 128, 64, 8, 4, True, "likewise; on 4 warps the statistics fill all 255 registers"),
+        Configuration(64, 64, 64, 4, 4, True, "one warpgroup, the fewest rows of wgmma; 64 x 128 leaves no register"),
+        Configuration(128, 64, 64, 8, 4, True, "two warpgroups, 32 logits of each model a thread; 64 of each spill"),
+    ),
+    ("sm_90", 4): (
+        Configuration(32, 64, 16, 8, 3, True, "fma, unless TF32 is on: operands take registers, which a depth of 32 spills"),
+        Configuration(64, 64, 16, 8, 3, True, "the largest that spills neither as fma nor, with TF32 on, as wgmma"),
+    ),
+    ("sm_100", 2): (
+        Configuration(32, 128, 64, 8, 4, True, "60 KiB in flight, for few tokens wait for memory; 16 rows spill"),
+        Configuration(64, 64, 64, 4, 4, True, "the fewest rows of tcgen05; 64 columns a thread, of 64 x 128, spill"),
+        Configuration(128, 64, 64, 8, 4, True, "two threads a row with 32 columns each; the numbers of 64 columns spill"),
+    ),
+    ("sm_100", 4): (
+        Configuration(32, 64, 16, 8, 3, True, "fma, unless TF32 is on: operands take registers, which a depth of 32 spills"),
+        Configuration(64, 64, 16, 8, 3, True, "the largest that spills neither as fma nor, with TF32 on, as tcgen05"),
+    ),
+    ("gfx942", 2): (
+        Configuration(16, 128, 64, 4, 2, False, "few tokens wait for memory; 18 KiB of shared memory"),
+        Configuration(64, 128, 64, 8, 2, False, "two wavefronts a SIMD, 256 registers each"),
+        Configuration(128, 128, 64, 8, 2, False, "32 logits of each model a thread, the most that 256 registers hold"),
+    ),
+    ("gfx942", 4): (
+        Configuration(64, 64, 32, 8, 2, False, "two wavefronts a SIMD; few tokens wait for memory"),
+        Configuration(128, 128, 32, 8, 2, False, "32 logits of each model a thread, the most that 256 registers hold"),
+    ),
 }
 
 
