@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# Tokens, vocabulary, dims of student and teacher: one task and several, whole vectors and ragged ones, panels of tokens.
-SHAPES = ((1, 97, 8, 8), (19, 1, 1, 3), (33, 2600, 65, 30), (130, 3500, 24, 70), (80, 9300, 6, 16))
+# Tokens, vocabulary, dims of student and teacher: one task and several, whole vectors and ragged ones, panels of tokens that are one
+# task's and that are shared out.
+SHAPES = ((1, 97, 8, 8), (19, 1, 1, 3), (33, 2600, 65, 30), (130, 3500, 24, 70), (80, 9300, 6, 16), (150, 700, 70, 12))
 # Whether logits are kept, whether gradients are made of them, and whether stats are asked for, which takes the sweep of the sums.
 SCHEDULES = ((True, True, True), (True, True, False), (True, False, True), (False, False, True), (False, False, False))
 DIVERGENCES = ("forward_kl", "total_variation")  # summed in the first sweep, and in one of its own
