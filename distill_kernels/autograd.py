@@ -65,6 +65,7 @@ def _compute(
     d_weight: bool,
     d_bias: bool,
     column_fraction: float,
+    gradient_tolerance: float,
     stats: bool,
     compact: bool,
     workspace_mib: int,

@@ -15,6 +15,7 @@ import torch
 from distill_kernels import memory
 from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
+from distill_kernels.products import relative_error
 
 
 class Outputs(NamedTuple):
@@ -112,7 +113,6 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
                 if part is not None:
                     output[tokens] = part
     if variance is not None:
-        # The estimate's square exceeds the gradient's by the variance, in expectation.
         squares = torch.stack([gradient.square().sum() for gradient in (outputs.d_hidden, outputs.d_weight)])
-        variance.copy_((variance / (squares - variance).clamp(min=torch.finfo(squares.dtype).tiny)).sqrt())
+        variance.copy_(relative_error(variance, squares))
     return outputs

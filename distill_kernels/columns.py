@@ -23,6 +23,11 @@ MOST_FRACTION = 0.5
 _MASK = 0xFFFFFFFF
 
 
+# What "auto" chooses among, and what it measures the error at.
+FRACTIONS = (0.02, 0.04, 0.08, 0.16, 0.32)
+TRIAL_FRACTION = 0.08
+
+
 def kept_columns(vocabulary: int, fraction: float) -> int:
     """K, or 0 where the exact products are to run: no fraction was given, or sampling would not be faster."""
     if not fraction or vocabulary < LEAST_VOCABULARY or fraction > MOST_FRACTION:
@@ -56,7 +61,8 @@ def inclusion(scores: torch.Tensor, kept: int) -> torch.Tensor:
     probability = (scores / _threshold(scores, kept)).clamp(max=1.0)
     # No score, or fewer than `kept`: what is left goes to all alike.
     lacking = kept - probability.sum()
-    probability = torch.where(lacking > 1e-6, probability + (1 - probability) * (lacking / (probability.numel() - probability.sum())), probability)
+    spare = probability.numel() - probability.sum()
+    probability = torch.where(lacking > 1e-6, probability + (1 - probability) * (lacking / spare), probability)
     units = (probability * UNIT).round().long()
     units = units.maximum((scores > 0).long())
     # What rounding left over or took, V units at most, goes to the likeliest column that is not sure.
@@ -82,6 +88,12 @@ def _threshold(scores, kept):
             return threshold.clamp(min=torch.finfo(scores.dtype).tiny)
         sure = count
         threshold = torch.where(above, 0.0, scores).sum() / (kept - sure)
+
+
+def spread(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """Σ (1/π − 1)·c², float64: the squared error of dz itself, and for any `kept` about in proportion to that of its products."""
+    probability = inclusion(scores, kept).double() / UNIT
+    return ((1 / probability.clamp(min=1 / UNIT) - 1) * scores.double().square()).sum()
 
 
 def draw(scores: torch.Tensor, kept: int, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,8 @@ class Problem:
     d_hidden: bool = True  # which gradients are asked for
     d_weight: bool = True
     d_bias: bool = False
-    column_fraction: float = 0.0  # of the vocabulary that gradient products go over; 0: all of it
+    column_fraction: float = 0.0  # of the vocabulary that gradient products go over, at most; 0: all of it
+    gradient_tolerance: float = 0.0  # relative error that the fraction is chosen by; 0: it is the fraction
     stats: bool = False
     compact: bool = False  # some tokens may be masked
     workspace_mib: int = WORKSPACE_MIB
@@ -78,7 +79,7 @@ class Problem:
 
     @property
     def kept_columns(self) -> int:
-        """Columns that a chunk's gradient products go over; 0: the exact products run."""
+        """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance); 0: the exact products run."""
         return kept_columns(self.vocabulary, self.column_fraction) if self.d_hidden or self.d_weight else 0
 
 
@@ -130,7 +131,7 @@ def one_of(name, value, allowed):
 
 def check_options(
     *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
-    teacher_softcap, reduction, vocab_mismatch, column_fraction, seed, sweep, workspace_mib, ignore_index, process_group,
+    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, workspace_mib, ignore_index, process_group,
 ):  # fmt: skip
     """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
     finite_number("temperature", temperature, above=0)
@@ -153,7 +154,11 @@ def check_options(
         integer("seed", seed, least=0)
         if seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {seed}")
-    if column_fraction is not None:
+    if column_fraction == "auto":
+        finite_number("gradient_tolerance", gradient_tolerance, above=0)
+    elif gradient_tolerance is not None:
+        raise ValueError(f'gradient_tolerance is for column_fraction="auto", but column_fraction is {column_fraction!r}')
+    elif column_fraction is not None:
         finite_number("column_fraction", column_fraction, above=0, most=1)
     if sweep is not None:
         raise NotImplementedError(f"sweep={sweep!r}: quantised sweeps are not available yet; pass None for the exact one")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill_kernels import autograd
 from distill_kernels import problem as contract
+from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import STUDENT_ENTROPY, resolve
 
 
@@ -36,7 +37,8 @@ def distillation_loss(
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     vocab_mismatch: str = "error",
-    column_fraction: float | None = None,
+    column_fraction: float | str | None = None,
+    gradient_tolerance: float | None = None,
     seed: int | None = None,
     sweep: str | None = None,
     backend: str = "auto",
@@ -70,7 +72,15 @@ def distillation_loss(
         num_items: replaces the number of valid tokens as the normaliser of "mean", for gradient accumulation; int or 0-d tensor.
         reduction: "mean" over valid tokens, "sum", or "none": (...) per token, differentiable, at 4S + 2T instead of 3S + 1T.
         vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
-        column_fraction, seed, sweep, process_group: not available yet, NotImplementedError.
+        column_fraction: of the vocabulary that the gradient products go over: 1S + 1T and 2 · column_fraction · S in place of 3S + 1T.
+            The loss stays exact, the gradients of student_hidden and student_weight become unbiased estimates (see `columns` for the
+            estimator, and its sources; `DistillationStats.gradient_error` for its error), that of student_bias stays exact. None: exact
+            gradients; so where sampling would not be faster (V < 4096, more than half of the columns). "auto": the smallest of 2, 4, 8,
+            16 and 32 % whose predicted relative error is within gradient_tolerance, else all; chosen on the first chunk of tokens, for
+            which a GPU is waited for.
+        gradient_tolerance: relative error of the gradients, with column_fraction="auto" only, and required there.
+        seed: of the columns drawn: int, or None to draw it from torch's generator (torch.manual_seed).
+        sweep, process_group: not available yet, NotImplementedError.
         backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
         workspace_mib: memory for logits and all else but gradients, by default 192 on CPU and 1024 on a GPU. Larger is faster where
             heads are large.
@@ -259,7 +269,8 @@ def _distillation_loss(
         cross_entropy=labels is not None and (ce != 0 or stats),
         z_loss=z_loss != 0,
         stats=stats,
-        column_fraction=options["column_fraction"] or 0.0,
+        column_fraction=FRACTIONS[-1] if options["column_fraction"] == "auto" else options["column_fraction"] or 0.0,
+        gradient_tolerance=options["gradient_tolerance"] or 0.0,
         compact=labels is not None or token_weight is not None,
         **{
             name: options[name]

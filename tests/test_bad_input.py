@@ -120,7 +120,12 @@ BAD_OPTIONS = [
         for value in (0, -0.1, 1.5, float("nan"))
     ],
     ("sweep_unknown", put(sweep="int4"), ValueError, r"^sweep must be one of None, 'int8', 'fp8', got 'int4'$"),
-    ("column_fraction_valid", put(column_fraction=0.08), NotImplementedError, r"^column_fraction: .* not available yet; pass None"),
+    ("seed_negative", put(seed=-1), ValueError, r"^seed must be at least 0, got -1$"),
+    ("seed_too_large", put(seed=2**63), ValueError, r"^seed must be below 2\*\*63, got \d+$"),
+    ("auto_without_tolerance", put(column_fraction="auto"), TypeError, r"^gradient_tolerance must be a number, got NoneType$"),
+    ("auto_with_zero_tolerance", put(column_fraction="auto", gradient_tolerance=0), ValueError, r"^gradient_tolerance must be .* above 0"),
+    ("tolerance_without_auto", put(column_fraction=0.1, gradient_tolerance=0.1), ValueError,
+     r'^gradient_tolerance is for column_fraction="auto"'),
     ("sweep_int8", put(sweep="int8"), NotImplementedError, r"^sweep='int8': .* not available yet; pass None"),
     ("sweep_fp8", put(sweep="fp8", column_fraction=0.1), NotImplementedError, r"not available yet; pass None"),
     ("process_group", put(process_group="world"), NotImplementedError, r"^process_group: .* not available yet; .* pass None$"),

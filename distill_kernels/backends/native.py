@@ -125,10 +125,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
             }
         _native.run_chunk(arguments, scratch.data_ptr(), threads, INSTRUCTION_SET)
         if sampler.kept:
-            columns, inverse = sampler.draw(scores, chunk)
-            dz = logits[0].view(-1)[: problem.vocabulary * arguments["stride"]].view(problem.vocabulary, -1)  # as the kernel left it
-            kept = dz.index_select(0, columns)[:, : arguments["tokens"]].mul_(inverse[:, None])
-            sampler.gradients(chunk, kept.T, columns, inverse)
+            left = logits[0].view(-1)[: problem.vocabulary * arguments["stride"]].view(problem.vocabulary, -1)[:, :tokens]  # dzᵀ
+            sampler.gradients(chunk, scores, lambda columns, inverse: left.index_select(0, columns).mul_(inverse[:, None]).T, left.T)
 
     return chunked.run(problem, tensors, plan, kernel)
 

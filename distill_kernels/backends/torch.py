@@ -64,8 +64,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
         if sampler.kept:
-            columns, inverse = sampler.draw(torch.linalg.vector_norm(dz, dim=0), chunk)
-            sampler.gradients(chunk, dz.index_select(1, columns).mul_(inverse), columns, inverse)
+            norms = torch.linalg.vector_norm(dz, dim=0)
+            sampler.gradients(chunk, norms, lambda columns, inverse: dz.index_select(1, columns).mul_(inverse), dz)
             return
         if chunk.d_hidden is not None:
             products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)

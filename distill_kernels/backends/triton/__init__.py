@@ -129,8 +129,8 @@ def _run_chunked(problem, tensors, plan, compact):
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
         if sampler.kept:
-            columns, inverse = sampler.draw(torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32), chunk)
-            sampler.gradients(chunk, (dz.index_select(1, columns) * inverse).to(dz.dtype), columns, inverse)
+            norms = torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32)
+            sampler.gradients(chunk, norms, lambda columns, inverse: (dz.index_select(1, columns) * inverse).to(dz.dtype), dz)
             return
         if chunk.d_hidden is not None:
             products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)

@@ -43,7 +43,7 @@ CONFIGURATIONS = {
     ),
     ("sm_90", 2): (
         Configuration(16, 128, 64, 4, 5, True, "72 KiB in flight, for few tokens wait for memory; too few rows for wgmma"),
-        Configuration(32, 128, 64, 8, 4, True, "likewise; on 4 warps the statistics fill all 255 registers"),
+        Configuration(32, 128, 64, 8, 5, True, "likewise; on 4 warps the statistics fill all 255 registers"),
         Configuration(64, 64, 64, 4, 4, True, "one warpgroup, the fewest rows of wgmma; 64 x 128 leaves no register"),
         Configuration(128, 64, 64, 8, 4, True, "two warpgroups, 32 logits of each model a thread; 64 of each spill"),
     ),
