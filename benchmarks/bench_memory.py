@@ -80,7 +80,8 @@ def bench_peak_memory(benchmark, tokens, shape, dtype, variant):
         }
     )
     if variant != "eager":
-        allowed = FORWARD_MIB if variant == "native-forward" else WORKSPACE_MIB + 16
+        # What torch's library of products keeps for itself is beyond the torch backend's reach.
+        allowed = {"native-forward": FORWARD_MIB, "native": WORKSPACE_MIB}.get(variant, WORKSPACE_MIB + 24)
         assert measured["above"] - measured["accumulators"] <= allowed * MIB, f"more than {allowed} MiB"
 
 

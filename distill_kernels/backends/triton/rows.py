@@ -33,7 +33,7 @@ class Configuration:
 # By the target's architecture. None spills in any variant (benchmarks/results/triton_compile.csv).
 CONFIGURATIONS = {
     "cuda": Configuration(
-        1, 2048, 8, 1024, "8 entries a thread and model: two 16-byte loads of each in flight; 8 programs for each of 132 multiprocessors"
+        1, 1024, 4, 1024, "8 entries a thread and model: two 16-byte loads of each in flight; on 8 warps the totals spill a register or two"
     ),
     "interpreter": Configuration(8, 128, 1, 6, "several tiles and splits in small tests, many rows for each interpreted operation"),
     "hip": Configuration(1, 2048, 4, 1216, "4 wavefronts of 64: the same 8 entries a thread; 4 programs for each of 304 compute units"),
