@@ -65,16 +65,18 @@ def inclusion(scores: torch.Tensor, kept: int) -> torch.Tensor:
     probability = torch.where(lacking > 1e-6, probability + (1 - probability) * (lacking / spare), probability)
     units = (probability * UNIT).round().long()
     units = units.maximum((scores > 0).long())
-    # What rounding left over or took, V units at most, goes to the likeliest column that is not sure.
-    place = torch.where(units < UNIT, units, -1).argmax()
-    return units.index_add(0, place.view(1), (kept * UNIT - units.sum()).view(1))
+    # What rounding left over or took, V units at most, goes to the likeliest column that can take it and is not sure; else to a sure one.
+    rest = kept * UNIT - units.sum()
+    takes = (units + rest <= UNIT) & (units + rest > 0)
+    place = torch.where(takes, torch.where(units < UNIT, units, 0), -1).argmax()
+    return units.index_add(0, place.view(1), rest.view(1))
 
 
 def _threshold(scores, kept):
     """t with Σ min(1, c/t) = `kept`, as a tensor (): the columns above it are the k largest for the first k where the next is below."""
     if scores.is_cuda:  # a loop would wait for the device at every turn
         ordered = scores.sort(descending=True).values
-        rest = ordered.sum() - ordered.cumsum(0) + ordered  # from the k-th on
+        rest = ordered.flip(0).cumsum(0).flip(0)  # from the k-th on; the smallest first, which a difference of sums would lose
         count = torch.arange(len(ordered), device=scores.device)
         candidates = rest / (kept - count).clamp(min=1)
         fits = (ordered <= candidates) & (count < kept)

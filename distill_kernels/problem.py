@@ -131,7 +131,8 @@ def one_of(name, value, allowed):
 
 def check_options(
     *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
-    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, workspace_mib, ignore_index, process_group,
+    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, workspace_mib, ignore_index,
+    process_group,
 ):  # fmt: skip
     """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
     finite_number("temperature", temperature, above=0)

@@ -84,7 +84,8 @@ class Sampler:
         if variance is not None:
             # Σ over all columns of (1/π − 1)·‖·‖², itself estimated from those kept, whose weights are squared in dz already.
             left_out = 1 - 1 / inverse
-            variance[0] += (left_out * dz.float().square().sum(0) * rows.float().square().sum(1)).sum()
+            if chunk.d_hidden is not None:
+                variance[0] += (left_out * dz.float().square().sum(0) * rows.float().square().sum(1)).sum()
             if made is not None:
                 variance[1] += (left_out * made.square().sum(1)).sum()
         return made

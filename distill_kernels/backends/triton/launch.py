@@ -1,7 +1,5 @@
 """Launches: the kernels' arguments from a problem, their grids, and how many programs share a token's vocabulary."""
 
-import dataclasses
-
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -9,7 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from distill_kernels import chunked
 from distill_kernels.backends.triton import rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
-from distill_kernels.backends.triton.tiles import STATISTICS, TOTALS
+from distill_kernels.backends.triton.tiles import MERGED, STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
 
 INTERPRETED_MULTIPROCESSORS = 7  # odd, and enough that a small problem has several blocks and several ragged splits of each
@@ -34,8 +32,8 @@ def partial_bytes(problem: Problem, keeps_logits: bool) -> tuple[int, int]:
     """Bytes of partial sums, at most: (for each token, and beside them)."""
     if keeps_logits:  # splits_of rounds up to a power of two, so by less than two
         return 2 * rows.partial_bytes(1, 1), 2 * rows.partial_bytes(rows.configuration(architecture(problem.device)).programs, 1)
-    tile = sweep.configuration(architecture(problem.device), problem.student_dtype, problem.tokens).rows
-    return rows.partial_bytes(1, 1), rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
+    tile = sweep.configuration(architecture(problem.device), _widest(problem), problem.tokens).rows
+    return rows.partial_bytes(1, 1) + 4 * MERGED, rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
 
 
 class Launcher:
@@ -97,38 +95,41 @@ class Launcher:
     def sweep(self, chunk: chunked.Chunk):
         """Terms of a chunk straight from hidden states and heads."""
         tokens = chunk.student_hidden.shape[0]
-        configuration = sweep.configuration(self.architecture, self.problem.student_dtype, tokens)
-        blocks = -(-tokens // configuration.rows)
-        splits = sweep.splits_of(blocks, self.problem.vocabulary, multiprocessors(self.device), configuration)
-        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.entries)
-        partial, totals = self._partial(tokens, splits)
         matrices = {
             "student_hidden": chunk.student_hidden, "student_weight": self.tensors.student_weight,
             "teacher_hidden": chunk.teacher_hidden, "teacher_weight": self.tensors.teacher_weight,
         }  # fmt: skip
         matrices = {name: None if matrix is None else _by_rows(matrix) for name, matrix in matrices.items()}
+        aligned = all(matrix is None or _aligned(matrix) for matrix in matrices.values())
+        target = self.architecture if aligned or self.architecture == "interpreter" else "unaligned"
+        configuration = sweep.configuration(target, _widest(self.problem), tokens)
+        blocks = -(-tokens // configuration.rows)
+        splits = sweep.splits_of(blocks, self.problem.vocabulary, multiprocessors(self.device), configuration)
+        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.entries)
+        partial, totals = self._partial(tokens, splits)
         strides = {f"{name}_stride": 0 if matrix is None else matrix.stride(0) for name, matrix in matrices.items()}
-        if configuration.descriptors and all(matrix is None or _describable(matrix) for matrix in matrices.values()):
+        if configuration.descriptors:
             for name, matrix in matrices.items():
                 if matrix is not None:
                     height = configuration.rows if name.endswith("hidden") else configuration.entries
                     matrices[name] = TensorDescriptor.from_tensor(matrix, [height, configuration.depth])
-        else:
-            configuration = dataclasses.replace(configuration, descriptors=False)
         values = self.common | self._of(chunk) | matrices | strides | {
-            "partial": partial, "totals": None, "tokens": tokens, "splits": splits, "blocks": blocks, "slice_entries": slice_entries,
-            "student_dim": self.problem.student_dim, "teacher_dim": self.problem.teacher_dim,
+            "partial": partial, "merged": None, "totals": None, "tokens": tokens, "splits": splits, "blocks": blocks,
+            "slice_entries": slice_entries, "student_dim": self.problem.student_dim, "teacher_dim": self.problem.teacher_dim,
             "ROWS": configuration.rows, "ENTRIES": configuration.entries, "DEPTH": configuration.depth,
             "DESCRIPTORS": configuration.descriptors, "PRECISION": _precision(), "SPLITS": triton.next_power_of_2(splits),
         }  # fmt: skip
         options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
         _launch(sweep.sweep_kernel, (blocks * splits,), values | self._early(), **options)
-        if self.wants_totals:
-            _launch(sweep.sweep_kernel, (blocks * splits,), values | {"totals": totals}, **options)
         finish = rows.configuration(self.architecture)
+        by_token = {"ROWS": finish.rows, "BLOCK": finish.block}
+        grid = (-(-tokens // finish.rows), 1)
+        if self.wants_totals:
+            merged = self.tensors.coefficients.new_empty(MERGED, tokens)
+            _launch(rows.merge_kernel, grid, values | by_token | {"merged": merged}, num_warps=1)
+            _launch(sweep.sweep_kernel, (blocks * splits,), values | {"merged": merged, "totals": totals}, **options)
         nothing = {"student_logits": None, "teacher_logits": None, "dz": None, "dz_scale": None, "totals": totals}
-        values |= nothing | {"ROWS": finish.rows, "BLOCK": finish.block}
-        _launch(rows.gradient_kernel, (-(-tokens // finish.rows), 1), values, num_warps=1)
+        _launch(rows.gradient_kernel, grid, values | by_token | nothing, num_warps=1)
 
     def _partial(self, tokens, splits):
         new = self.tensors.coefficients.new_empty
@@ -156,10 +157,14 @@ def _by_rows(matrix):
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _describable(matrix) -> bool:
-    """Whether a tensor descriptor can be made of it: TMA wants 16-byte aligned rows."""
-    element = matrix.element_size()
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * element % 16 == 0 and matrix.stride(1) == 1
+def _aligned(matrix) -> bool:
+    """Whether every row starts at a multiple of 16 bytes: what TMA wants, and a load of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.stride(1) == 1
+
+
+def _widest(problem):
+    """The dtype whose tiles take the most room."""
+    return max(problem.student_dtype, problem.teacher_dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _precision():

@@ -112,6 +112,29 @@ def statistics_kernel(
 
 
 @triton.jit
+def merge_kernel(
+    partial,  # (STATISTICS, n, splits) float32
+    merged,  # (MERGED, n) float32, written
+    tokens,
+    vocabulary,
+    splits,
+    inverse_temperature,
+    TEACHER: tl.constexpr,
+    UNTEMPERED: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Between the two passes of the tile-fused sweep, whose tiles have many tokens: their splits' sums are merged once, token by token."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = rows < tokens
+    statistics = tiles.merge_statistics(
+        partial, rows, there, tokens, splits, vocabulary, inverse_temperature, TEACHER, UNTEMPERED, SEPARATE, False, False, None, SPLITS,
+    )  # fmt: skip
+    tiles.put_merged(merged, rows, there, tokens, statistics)
+
+
+@triton.jit
 def totals_kernel(
     student_logits,  # (n, V) float32, bare products
     teacher_logits,  # (n, V) float32, or None

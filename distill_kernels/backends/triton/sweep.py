@@ -29,13 +29,14 @@ class Configuration:
     reason: str
 
 
-# By the target's architecture and the bytes of an element. None spills in any variant (benchmarks/results/triton_compile.csv).
+# By the target's architecture, or "unaligned" where rows do not begin at multiples of 16 bytes, and the bytes of an element. None spills
+# in any variant (benchmarks/results/triton_compile.csv).
 CONFIGURATIONS = {
     "interpreter": (Configuration(16, 32, 16, 1, 1, False, "small, so that small tests have several tiles in every direction"),),
     # Also of 8.6, 8.9 and 12.x, which have 99 KiB of shared memory.
     ("sm_80", 2): (
-        Configuration(32, 128, 64, 8, 4, False, "60 KiB in flight, for few tokens wait for memory; on 4 warps it spills"),
-        Configuration(64, 64, 64, 8, 4, False, "the largest that never spills: 64 x 128 lacks one register for totals"),
+        Configuration(32, 64, 64, 8, 4, False, "36 KiB in flight, for few tokens wait for memory; on 4 warps, or 128 entries, it spills"),
+        Configuration(64, 64, 32, 8, 3, False, "the largest that never spills: 64 x 128, more depth or more stages lack a register"),
     ),
     ("sm_80", 4): (
         Configuration(32, 128, 32, 8, 3, False, "no tensor cores; 40 KiB in flight, for few tokens wait for memory"),
@@ -43,9 +44,9 @@ CONFIGURATIONS = {
     ),
     ("sm_90", 2): (
         Configuration(16, 128, 64, 4, 5, True, "72 KiB in flight, for few tokens wait for memory; too few rows for wgmma"),
-        Configuration(32, 128, 64, 8, 5, True, "likewise; on 4 warps the statistics fill all 255 registers"),
+        Configuration(32, 64, 64, 4, 6, True, "likewise, 72 KiB; 32 x 128 spills"),
         Configuration(64, 64, 64, 4, 4, True, "one warpgroup, the fewest rows of wgmma; 64 x 128 leaves no register"),
-        Configuration(128, 64, 64, 8, 4, True, "two warpgroups, 32 logits of each model a thread; 64 of each spill"),
+        Configuration(128, 128, 128, 8, 2, True, "64 logits of each model a thread fill 255 registers; with 3 stages they spill"),
     ),
     ("sm_90", 4): (
         Configuration(32, 64, 16, 8, 3, True, "fma, unless TF32 is on: operands take registers, which a depth of 32 spills"),
@@ -60,6 +61,9 @@ CONFIGURATIONS = {
         Configuration(32, 64, 16, 8, 3, True, "fma, unless TF32 is on: operands take registers, which a depth of 32 spills"),
         Configuration(64, 64, 16, 8, 3, True, "the largest that spills neither as fma nor, with TF32 on, as tcgen05"),
     ),
+    # Loads of one element, an address each: on any target, of no more at a time than registers hold.
+    ("unaligned", 2): (Configuration(64, 64, 32, 8, 2, False, "the largest that spills nowhere"),),
+    ("unaligned", 4): (Configuration(32, 32, 16, 8, 2, False, "the largest that spills nowhere"),),
     ("gfx942", 2): (
         Configuration(16, 128, 64, 4, 2, False, "few tokens wait for memory; 18 KiB of shared memory"),
         Configuration(64, 128, 64, 8, 2, False, "two wavefronts a SIMD, 256 registers each"),
@@ -128,7 +132,8 @@ def sweep_kernel(
     student_bias,  # (V,), or None
     teacher_bias,  # (V,), or None
     labels,  # (N,) int64, or None
-    partial,  # (STATISTICS, N, splits) float32; written, but read if TOTALS
+    partial,  # (STATISTICS, N, splits) float32, written if `totals` is None
+    merged,  # (MERGED, N) float32, read if it is not
     totals,  # (TOTALS, N, splits) float32, written; None: `partial` is
     tokens,
     vocabulary,
@@ -148,7 +153,6 @@ def sweep_kernel(
     teacher_softcap,
     first,
     second,
-    UNTEMPERED: tl.constexpr,
     SEPARATE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -159,7 +163,6 @@ def sweep_kernel(
     DEPTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     first_row = block * ROWS
@@ -173,10 +176,7 @@ def sweep_kernel(
     if totals is None:
         sums = tiles.no_statistics(ROWS)
     else:  # once the log-sum-exps are known, and only for a block with an entry below the floor
-        max_q, log_sum_q, log_sum_bare, max_p, log_sum_p, clamped, _s, _z, _a, _v, _t = tiles.merge_statistics(
-            partial, rows, there, tokens, splits, vocabulary, inverse_temperature,
-            teacher_hidden is not None, UNTEMPERED, SEPARATE, False, False, None, SPLITS,
-        )  # fmt: skip
+        max_q, log_sum_q, log_sum_bare, max_p, log_sum_p, clamped = tiles.get_merged(merged, rows, there, tokens)
         end = tl.where(tl.max((clamped & there).to(tl.int32), 0) != 0, end, begin)
         sums = tiles.no_totals(ROWS)
     for at in range(begin, end, ENTRIES):

@@ -21,6 +21,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 TAIL = tl.constexpr(TAIL_PROBABILITY)
 STATISTICS = 13  # fields of `no_statistics`
 TOTALS = 7  # fields of `no_totals`
+MERGED = 6  # fields of `put_merged`
 TERM_COUNT = tl.constexpr(len(TERMS))
 STAT_COUNT = tl.constexpr(len(STATS))
 
@@ -66,6 +67,12 @@ def take_statistics(
 ):
     max_q, min_q, sum_q, sum_bare, sum_z, label_z, top_q, max_p, min_p, sum_p, top_p, value, slope = statistics
     now_q, min_q, top_q = _extremes(z, entries, inside, max_q, min_q, top_q, TOP)
+    if SEPARATE:
+        sum_bare = sum_bare * tl.exp(max_q - now_q) + tl.sum(tl.where(inside[None, :], tl.exp(z - now_q[:, None]), 0.0), 1)
+    if SMOOTHING:
+        sum_z += tl.sum(tl.where(inside[None, :], z, 0.0), 1)
+    if label is not None:
+        label_z += tl.sum(tl.where(entries[None, :] == label[:, None], z, 0.0), 1)
     log_q = (z - now_q[:, None]) * inverse_temperature
     grown_q = (now_q - max_q) * inverse_temperature
     sum_q = sum_q * tl.exp(-grown_q) + tl.sum(tl.where(inside[None, :], tl.exp(log_q), 0.0), 1)
@@ -83,12 +90,6 @@ def take_statistics(
         added_value, added_slope = value_and_slope(raised(log_p), raised(log_q), first, second, DIVERGENCE, PARAMETERS)
         value += tl.sum(tl.where(inside[None, :], added_value, 0.0), 1)
         slope += tl.sum(tl.where(inside[None, :], added_slope, 0.0), 1)
-    if SEPARATE:
-        sum_bare = sum_bare * tl.exp(max_q - now_q) + tl.sum(tl.where(inside[None, :], tl.exp(z - now_q[:, None]), 0.0), 1)
-    if SMOOTHING:
-        sum_z += tl.sum(tl.where(inside[None, :], z, 0.0), 1)
-    if label is not None:
-        label_z += tl.sum(tl.where(entries[None, :] == label[:, None], z, 0.0), 1)
     return now_q, min_q, sum_q, sum_bare, sum_z, label_z, top_q, now_p, min_p, sum_p, top_p, value, slope
 
 
@@ -174,6 +175,26 @@ def merge_statistics(
         values, slopes = RENORMALISE(values, slopes, excess_p, excess_q)
         value, slope = tl.sum(values, 1), tl.sum(slopes, 1)
     return max_q, log_sum_q, log_sum_bare, max_p, log_sum_p, clamped, smoothing, label_z, agreement, value, slope
+
+
+@triton.jit
+def put_merged(merged, rows, there, tokens, statistics):
+    """Of merge_statistics, what `take_totals` needs and whether it must be called; for tiles of so many tokens that each holding the sums
+    of every split would spill registers."""
+    for field in tl.static_range(6):
+        tl.store(merged + field * tokens + rows, statistics[field].to(tl.float32), mask=there)
+
+
+@triton.jit
+def get_merged(merged, rows, there, tokens):
+    """(R,) each: student maximum, log-sum-exp less it tempered and untempered; teacher maximum and log-sum-exp; whether the token has an
+    entry below the floor."""
+    max_q = tl.load(merged + rows, mask=there, other=0.0)
+    log_sum_q = tl.load(merged + tokens + rows, mask=there, other=0.0)
+    log_sum_bare = tl.load(merged + 2 * tokens + rows, mask=there, other=0.0)
+    max_p = tl.load(merged + 3 * tokens + rows, mask=there, other=0.0)
+    log_sum_p = tl.load(merged + 4 * tokens + rows, mask=there, other=0.0)
+    return max_q, log_sum_q, log_sum_bare, max_p, log_sum_p, tl.load(merged + 5 * tokens + rows, mask=there, other=0.0) != 0.0
 
 
 @triton.jit

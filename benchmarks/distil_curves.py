@@ -1,0 +1,83 @@
+"""Distillation with exact and with column-sampled gradients, several seeds each: does sampling change what is learned?
+
+    python -m benchmarks.distil_curves            # 20 minutes on two cores; writes results/distil_curves.csv and distil_curves.png
+
+The student of the demo (12 of SmolLM2's 30 layers), here with its tied embeddings and head trained too, so that both sampled gradients
+matter, on the demo's text. A seed fixes the order of the text; runs of one seed differ in their gradients alone. Held-out KL to the
+teacher along the run is what is compared: a fraction is good enough where its curve lies within the spread of the seeds.
+"""
+
+import copy
+import statistics
+import time
+
+import torch
+
+from benchmarks import record
+from distill_kernels.api import demo, demo_models, demo_text
+
+FRACTIONS = (None, 0.04, 0.08, 0.16)
+SEEDS = (0, 1, 2)
+STEPS = 60
+BATCH, LENGTH = 4, 128
+EVALUATE_AT = (10, 20, 40, STEPS)
+HELD_OUT = 16  # windows
+
+
+def run(student, text, held_out, order, seed, fraction):
+    """(step, held-out quantities, median seconds of a step so far) along a run."""
+    torch.manual_seed(seed)
+    student = copy.deepcopy(student).requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * (0.1 + 0.9 * (1 - step / STEPS)))
+    times, begin = [], time.perf_counter()
+    steps = demo.train(student.train(), [text.batch(rows) for rows in order], optimizer, schedule, column_fraction=fraction)
+    for step, _ in enumerate(steps, start=1):
+        times.append(time.perf_counter() - begin)
+        if step in EVALUATE_AT:
+            yield step, demo.evaluate(student.eval(), held_out, BATCH), statistics.median(times)
+            student.train()
+        begin = time.perf_counter()
+
+
+def main():
+    teacher, tokenizer = demo_models.load("--teacher", demo_models.default_teacher())
+    teacher.requires_grad_(False)
+    student = demo_models.cut_student(teacher, demo_models.DEFAULT_LAYERS)
+    documents = demo_text.read_documents(None, 0)
+    train, held_out = (demo_text.windows(part, tokenizer, LENGTH) for part in (documents.train, documents.held_out))
+    orders = {seed: demo_text.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in SEEDS}
+    used, places = torch.cat(list(orders.values())).unique(return_inverse=True)
+    text = demo.read(teacher, train[used], BATCH)
+    held_out = demo.read(teacher, held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]], BATCH)
+    rows = []
+    for seed, order in zip(SEEDS, places.chunk(len(SEEDS)), strict=True):
+        for fraction in FRACTIONS:
+            for step, quality, seconds in run(student, text, held_out, order, seed, fraction):
+                rows.append({"column_fraction": fraction or "exact", "seed": seed, "step": step, **quality, "seconds_per_step": seconds})
+            print(f"seed {seed}, {fraction or 'exact'}: KL {quality['kl']:.4f}, {seconds:.2f} s a step", flush=True)
+    print(f"written: {record.write('distil_curves', rows, ('column_fraction', 'seed', 'step'))}")
+    plot(rows)
+
+
+def plot(rows):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for fraction in FRACTIONS:
+        name = fraction or "exact"
+        curves = [[row["kl"] for row in rows if row["column_fraction"] == name and row["seed"] == seed] for seed in SEEDS]
+        middle = [statistics.mean(at) for at in zip(*curves, strict=True)]
+        (line,) = axes.plot(EVALUATE_AT, middle, marker="o", label="exact" if fraction is None else f"{fraction:.0%} of the columns")
+        low, high = ([pick(at) for at in zip(*curves, strict=True)] for pick in (min, max))
+        axes.fill_between(EVALUATE_AT, low, high, alpha=0.15, color=line.get_color())
+    axes.set(xlabel="step", ylabel="held-out KL to the teacher, nats", yscale="log")
+    axes.legend(title=f"mean and range of {len(SEEDS)} seeds")
+    figure.savefig(record.RESULTS / "distil_curves.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

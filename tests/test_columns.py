@@ -1,0 +1,402 @@
+"""Column-sampled gradients: the sampler alone, what the backends make of a draw, and that the estimate errs as it says, by no bias.
+
+Sampling pays for large vocabularies only; most tests lower the bound on the vocabulary, so that a few hundred columns are enough.
+"""
+
+import pytest
+import torch
+from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, make_token_weight, with_gradients
+from torch.utils.checkpoint import checkpoint
+
+from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, products, reference
+from distill_kernels.columns import UNIT, draw, inclusion, kept_columns, philox
+
+pytest.importorskip("triton")
+TOKENS, VOCABULARY, FRACTION = 8, 300, 0.08
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL_BACKENDS = [*BACKENDS, "triton"]
+on_all = pytest.mark.parametrize("backend", ALL_BACKENDS)
+on_cpu = pytest.mark.parametrize("backend", BACKENDS)
+GRADIENTS = ("d_student_hidden", "d_student_weight")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sampling from 64 columns on."""
+    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
+
+
+def sampled(inputs, backend="torch", upstream=1.0, seed=3, fraction=FRACTION, **options):
+    """Loss and gradients, on CPU; the interpreter of Triton runs there, and its compiled kernels on a GPU."""
+    device = DEVICE if backend == "triton" else "cpu"
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    upstream = torch.as_tensor(upstream).to(device)
+    got = with_gradients(distillation_loss, inputs.to(device), upstream, backend=backend, column_fraction=fraction, seed=seed, **options)
+    return {name: value.cpu() for name, value in got.items()}
+
+
+def assert_same(got, want, names=None):
+    for name in names or want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def relative(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+# The sampler
+
+
+def plain_philox(counter, key):
+    """Philox-4x32-10 in Python's integers, all four words of it."""
+    counter, key = list(counter), list(key)
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [second >> 32 ^ counter[1] ^ key[0], second % UNIT, first >> 32 ^ counter[3] ^ key[1], first % UNIT]
+        key = [(key[0] + 0x9E3779B9) % UNIT, (key[1] + 0xBB67AE85) % UNIT]
+    return tuple(counter)
+
+
+def test_philox_is_the_published_one():
+    # Known answers of Random123. Only the first of them has zeros in the words that the sampler leaves at zero.
+    assert plain_philox((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert plain_philox((UNIT - 1,) * 4, (UNIT - 1,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    assert plain_philox(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    assert philox(torch.tensor(0), torch.tensor([0])).tolist() == [0x6627E8D5]
+
+    generator = torch.Generator().manual_seed(0)
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, *torch.randint(2**63 - 1, (20,), generator=generator).tolist()]
+    counters = torch.cat([torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1]), torch.randint(2**63 - 1, (20,), generator=generator)])
+    for seed in seeds:
+        want = [plain_philox((c % UNIT, c // UNIT, 0, 0), (seed % UNIT, seed // UNIT))[0] for c in counters.tolist()]
+        assert philox(torch.tensor(seed), counters).tolist() == want
+
+
+class OnDevice(torch.Tensor):
+    """Of a CPU tensor that says it is a GPU's: takes the way to the threshold by sorting."""
+
+    is_cuda = property(lambda self: True)
+
+
+thresholds = pytest.mark.parametrize("kind", [torch.Tensor, OnDevice], ids=["loop", "sort"])
+
+
+def _scores():
+    generator = torch.Generator().manual_seed(0)
+    uniform, normal = torch.rand(500, generator=generator), torch.randn(500, generator=generator)
+    few, one_hot = torch.zeros(500), torch.zeros(500)
+    few[[5, 9, 200]] = torch.tensor([1.0, 1e-3, 1e-20])
+    one_hot[77] = 1.0
+    huge, spikes = uniform.clone(), uniform.clone()
+    huge[7] = 1e30
+    spikes[40:400:40] = 1e6
+    return {
+        "uniform": uniform, "spread": (2 * normal).exp(), "zero": torch.zeros(500), "one_hot": one_hot, "few": few, "huge": huge,
+        "equal": torch.full((500,), 0.1), "spikes": spikes, "decades": torch.logspace(0, -30, 500), "wide": (10 * normal).exp(),
+        "denormal": torch.full((500,), 1e-45),
+    }  # fmt: skip
+
+
+SCORES = _scores()
+scores_and_kept = pytest.mark.parametrize("kept", [1, 2, 40, 250, 499, 500])
+named_scores = pytest.mark.parametrize("name", SCORES)
+
+
+def bisected(scores, kept):
+    """min(1, c/t) for the t at which they sum to `kept`, or None where no t makes so many of them."""
+    if (scores > 0).sum() <= kept:
+        return None
+    low, high = -1000.0, 1000.0  # log2 t
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (scores / 2.0**middle).clamp(max=1).sum() > kept else (low, middle)
+    return (scores / 2.0**high).clamp(max=1)
+
+
+def units_of(scores, kept, kind=torch.Tensor):
+    return inclusion(scores.as_subclass(kind), kept).as_subclass(torch.Tensor)
+
+
+@thresholds
+@scores_and_kept
+@named_scores
+def test_inclusion_is_proportional_up_to_one_and_sums_to_what_is_kept(name, kept, kind):
+    scores = SCORES[name]
+    units = units_of(scores, kept, kind)
+    assert units.dtype == torch.int64
+    assert int(units.sum()) == kept * UNIT
+    assert int(units.min()) >= 0 and int(units.max()) <= UNIT
+    assert (units[scores > 0] > 0).all()
+    want = bisected(scores.double().clamp(max=1e40), kept)
+    if want is None:  # all that have a score, surely, and of the others equally many
+        others = units[scores == 0]
+        assert (units[scores > 0] == UNIT).all()
+        assert others.numel() == 0 or int(others.max() - others.min()) <= len(scores)
+        return
+    off = (units - (want * UNIT).round().long()).abs().sort(descending=True).values
+    # A unit by rounding or for being positive, and a few parts in 1e13 of t; on one column what the others were off by.
+    assert off[0] <= 2 * len(scores) and (off[1:] <= 2).all(), off[:3]
+
+
+@thresholds
+@pytest.mark.parametrize("columns_", [4099, 4111])
+def test_a_column_that_is_almost_sure_is_not_more_than_sure(columns_, kind):
+    """What rounding leaves over, of thousands of columns, is more than such a column has room for."""
+    scores = torch.full((columns_,), 1.0000001 / (columns_ - 1), dtype=torch.float64)
+    scores[0] = 1.0
+    assert int(units_of(scores, 2, kind).max()) <= UNIT
+    assert len(set(draw(scores.as_subclass(kind), 2, torch.tensor(0))[0].tolist())) == 2
+
+
+@thresholds
+def test_columns_of_next_to_no_score_keep_a_positive_probability(kind):
+    """Each has a unit at least; where all the probability is on K others, those have to give it up."""
+    scores = torch.full((VOCABULARY,), 1e-15)
+    scores[100:104] = 1.0
+    assert int(units_of(scores, 4, kind).min()) > 0
+
+
+@scores_and_kept
+@named_scores
+def test_draws_distinct_ascending_columns_and_the_sure_ones_always(name, kept):
+    scores = SCORES[name]
+    units = inclusion(scores, kept)
+    for uniform in (0, 1, UNIT // 3, UNIT - 1):
+        drawn, weights = draw(scores, kept, torch.tensor(uniform))
+        assert drawn.shape == weights.shape == (kept,) and drawn.dtype == torch.int64 and weights.dtype == torch.float32
+        assert (drawn.diff() > 0).all() and drawn[0] >= 0 and drawn[-1] < len(scores)
+        assert torch.isin((units == UNIT).nonzero().flatten(), drawn).all()
+        assert (units[drawn] > 0).all()
+        torch.testing.assert_close(weights.double(), UNIT / units[drawn].double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["uniform", "spread", "zero", "few", "spikes", "wide"])
+def test_columns_are_drawn_as_often_as_they_should(name):
+    """Over evenly spaced uniforms a column's points fall evenly on it: the count is right to one."""
+    steps, kept = 2048, 40
+    counts = torch.zeros(500)
+    for step in range(steps):
+        counts[draw(SCORES[name], kept, torch.tensor(step * (UNIT // steps)))[0]] += 1
+    probability = inclusion(SCORES[name], kept).double() / UNIT
+    assert counts.sum() == steps * kept
+    assert (counts / steps - probability).abs().max() <= 1 / steps
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [slice(7, 8), slice(None)], ids=["one", "all"])
+def test_scores_that_are_not_finite_draw_columns_that_exist(bad, where):
+    """Nothing sensible can be drawn; but an index out of range would bring a GPU's whole process down."""
+    scores = SCORES["uniform"].clone()
+    scores[where] = bad
+    drawn, _ = draw(scores, 40, torch.tensor(12345))
+    assert drawn.shape == (40,) and drawn.min() >= 0 and drawn.max() < len(scores)
+
+
+@on_cpu
+def test_an_input_that_is_not_finite_shows_in_both_gradients(small, backend):
+    """A loss scaler looks for it there."""
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    inputs.student_hidden[2, 3] = float("nan")
+    got = sampled(inputs, backend)
+    assert got["d_student_hidden"][2].isnan().all() and got["d_student_weight"].isnan().any()
+
+
+# What the backends make of a draw
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """(columns, weights, uniform, scores, tokens) of every chunk."""
+    recorded = []
+
+    def record(scores, kept, uniform, draw=products.draw):
+        drawn, weights = draw(scores, kept, uniform)
+        recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
+        return drawn, weights
+
+    def count(self, chunk, *args, gradients=products.Sampler.gradients):
+        gradients(self, chunk, *args)
+        recorded[-1].append(chunk.terms.shape[0])
+
+    monkeypatch.setattr(products, "draw", record)
+    monkeypatch.setattr(products.Sampler, "gradients", count)
+    return recorded
+
+
+def from_draws(inputs, draws, **options):
+    """The gradients that the recorded draws should have given, from the reference's gradient of the logits."""
+    inputs = inputs.to(torch.float64)
+    logits, identity = inputs.student_hidden @ inputs.student_weight.T, torch.eye(len(inputs.student_weight), dtype=torch.float64)
+    dz = with_gradients(reference.distillation_loss, inputs._replace(student_hidden=logits, student_weight=identity), 1.0, **options)
+    d_hidden, d_weight, begin = torch.zeros_like(inputs.student_hidden), torch.zeros_like(inputs.student_weight), 0
+    for drawn, weights, _, scores, count in draws:
+        tokens = slice(begin, begin := begin + count)
+        part = dz["d_student_hidden"][tokens]
+        torch.testing.assert_close(scores.double() / scores.norm(), part.norm(dim=0) / part.norm(), rtol=0.02, atol=1e-5)
+        d_hidden[tokens] = (part[:, drawn] * weights) @ inputs.student_weight[drawn]
+        d_weight[drawn] += (part[:, drawn] * weights).T @ inputs.student_hidden[tokens]
+    assert begin == len(inputs.student_hidden)
+    return dict(zip(GRADIENTS, (d_hidden, d_weight), strict=True))
+
+
+@on_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_those_of_the_drawn_columns(small, draws, backend, dtype):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY, dtype=dtype)
+    got = sampled(inputs, backend, temperature=2.0)
+    want = from_draws(inputs, draws, temperature=2.0)
+    assert len(draws) == 1 and len(draws[0][0]) == kept_columns(VOCABULARY, FRACTION) == 24
+    for name in GRADIENTS:
+        assert got[name].dtype == dtype
+        assert relative(got[name], want[name]) <= {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert set(got["d_student_weight"].any(1).nonzero().flatten().tolist()) <= set(draws[0][0].tolist())
+
+
+@on_cpu
+def test_every_chunk_draws_anew(small, draws, backend):
+    inputs = make_inputs("moderate", 400, VOCABULARY)
+    got = sampled(inputs, backend, seed=11)
+    assert len(draws) > 1
+    uniforms = [uniform for _, _, uniform, _, _ in draws]
+    assert uniforms == philox(torch.tensor(11), torch.arange(len(draws))).tolist() and len(set(uniforms)) == len(draws)
+    want = from_draws(inputs, draws)
+    assert all(relative(got[name], want[name]) <= 1e-5 for name in GRADIENTS)
+
+
+def test_every_backend_keeps_the_same_columns(small):
+    inputs = make_inputs("realistic", TOKENS, VOCABULARY)
+    for seed in range(3):
+        first, *others = (
+            sampled(inputs, backend, seed=seed)
+            for backend in ALL_BACKENDS
+            if isinstance(backend, str) or not backend.marks[0].args[0]
+            for backend in [backend if isinstance(backend, str) else backend.values[0]]
+        )
+        for other in others:
+            assert torch.equal(first["d_student_weight"].any(1), other["d_student_weight"].any(1))
+            assert all(relative(other[name], first[name]) <= 1e-5 for name in GRADIENTS)
+
+
+@on_all
+@pytest.mark.parametrize("options", [{}, everything(TOKENS, VOCABULARY), {"reduction": "none"}], ids=["plain", "everything", "none"])
+def test_loss_and_bias_gradient_stay_exact(small, backend, options):
+    inputs = make_inputs("realistic", TOKENS, VOCABULARY, bias=True)
+    got, dense = sampled(inputs, backend, **options), sampled(inputs, backend, fraction=None, **options)
+    assert torch.equal(got["loss"], dense["loss"])
+    assert relative(got["d_student_bias"], dense["d_student_bias"]) <= 1e-6
+    assert all(relative(got[name], dense[name]) > 1e-3 for name in GRADIENTS)
+
+
+@on_all
+def test_masked_tokens_draw_and_get_nothing(small, draws, backend):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    labels = make_labels(TOKENS, VOCABULARY)
+    valid = labels != -100
+    got = sampled(inputs, backend, labels=labels, ce_weight=0.5, reduction="sum")
+    few = Inputs(inputs.student_hidden[valid], inputs.student_weight, inputs.teacher_hidden[valid], inputs.teacher_weight)
+    want = sampled(few, backend, labels=labels[valid], ce_weight=0.5, reduction="sum")
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert not got["d_student_hidden"][~valid].any()
+    assert relative(got["d_student_hidden"][valid], want["d_student_hidden"]) <= 1e-5
+    assert relative(got["d_student_weight"], want["d_student_weight"]) <= 1e-5
+    nothing = sampled(inputs, backend, labels=torch.full_like(labels, -100), ce_weight=0.5)
+    assert not any(value.any() for value in nothing.values())
+
+
+@on_all
+@pytest.mark.parametrize("name", ["student_hidden", "student_weight"])
+def test_a_frozen_side_leaves_the_other_gradient_as_it_is(small, backend, name):
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    both = sampled(inputs, backend)
+    call = inputs.to(device)
+    leaf = getattr(call, name).requires_grad_()
+    loss, stats = distillation_loss_and_stats(*call[:4], backend=backend, column_fraction=FRACTION, seed=3)
+    loss.backward()
+    assert relative(leaf.grad.cpu(), both[f"d_{name}"]) <= 1e-6
+    at = ("student_hidden", "student_weight").index(name)
+    assert stats.gradient_error[at] > 0 and stats.gradient_error[1 - at] == 0
+
+
+@on_cpu
+def test_where_sampling_does_not_pay_everything_is_exact(backend):
+    for vocabulary, fraction in ((columns.LEAST_VOCABULARY - 1, FRACTION), (columns.LEAST_VOCABULARY, 0.51)):
+        inputs = make_inputs("moderate", TOKENS, vocabulary, 8, 8)
+        assert_same(sampled(inputs, backend, fraction=fraction), sampled(inputs, backend, fraction=None))
+        inputs.student_hidden.requires_grad_()
+        assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=fraction)[1].gradient_error is None
+    assert kept_columns(columns.LEAST_VOCABULARY, 0.5) == columns.LEAST_VOCABULARY // 2
+    assert distillation_loss_and_stats(*inputs[:4], backend=backend)[1].gradient_error is None
+
+
+@on_cpu
+def test_per_token_losses_get_the_same_estimate(small, backend):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    summed = sampled(inputs, backend, reduction="sum")
+    assert_same(sampled(inputs, backend, torch.ones(TOKENS), reduction="none"), summed, GRADIENTS)
+    upstream = make_token_weight(TOKENS)
+    got = sampled(inputs, backend, upstream, reduction="none")
+    weighted = sampled(inputs, backend, reduction="sum", token_weight=upstream)
+    assert all(relative(got[name], weighted[name]) <= 1e-5 for name in GRADIENTS)
+
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+    losses = distillation_loss(*inputs[:4], reduction="none", backend=backend, column_fraction=FRACTION)
+    first, second = (torch.autograd.grad(losses, leaves, upstream, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Reproducibility
+
+
+@on_cpu
+def test_the_seed_and_nothing_else_fixes_the_draw(small, backend):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    torch.manual_seed(5)
+    first, second = sampled(inputs, backend, seed=None), sampled(inputs, backend, seed=None)
+    torch.manual_seed(5)
+    assert_same(sampled(inputs, backend, seed=None), first)
+    assert not torch.equal(first["d_student_weight"], second["d_student_weight"])
+
+    state = torch.get_rng_state()
+    given = sampled(inputs, backend, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert_same(sampled(inputs, backend, seed=5), given)
+    for seed in (0, 6, 2**32 + 5, 2**63 - 1):
+        assert not torch.equal(sampled(inputs, backend, seed=seed)["d_student_weight"], given["d_student_weight"])
+
+
+@on_cpu
+@pytest.mark.parametrize("seed", [None, 3])
+def test_checkpointing_draws_the_same_again(small, backend, seed):
+    def gradients(call):
+        inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+        leaves = [x.requires_grad_() for x in inputs[:2]]
+        torch.manual_seed(5)
+        loss = call(lambda *args: distillation_loss(*args, backend=backend, column_fraction=FRACTION, seed=seed), *inputs[:4])
+        torch.manual_seed(99)  # what comes between forward and backward
+        return torch.autograd.grad(loss, leaves)
+
+    plain = gradients(lambda function, *args: function(*args))
+    again = gradients(lambda function, *args: checkpoint(function, *args, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@on_cpu
+def test_compiled_as_eager(small, backend):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+    torch.compiler.reset()
+    for seed in (3, None):
+
+        def loss(*args, seed=seed):
+            return distillation_loss(*args, backend=backend, column_fraction=FRACTION, seed=seed)
+
+        results = []
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(5)
+            results.append([with_gradients(function, inputs, 1.7) for _ in range(2)])
+        eager, compiled = results
+        for e, c in zip(eager, compiled, strict=True):
+            assert_same(c, e)
+        assert torch.equal(compiled[0]["d_student_weight"], compiled[1]["d_student_weight"]) == (seed is not None)
