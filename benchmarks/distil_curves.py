@@ -1,6 +1,6 @@
 """Distillation with exact and with column-sampled gradients, several seeds each: does sampling change what is learned?
 
-    python -m benchmarks.distil_curves            # 20 minutes on two cores; writes results/distil_curves.csv and distil_curves.png
+    python -m benchmarks.distil_curves            # 25 minutes on two cores; writes results/distil_curves.csv and distil_curves.png
 
 The student of the demo (12 of SmolLM2's 30 layers), here with its tied embeddings and head trained too, so that both sampled gradients
 matter, on the demo's text. A seed fixes the order of the text; runs of one seed differ in their gradients alone. Held-out KL to the
@@ -55,8 +55,9 @@ def main():
         for fraction in FRACTIONS:
             for step, quality, seconds in run(student, text, held_out, order, seed, fraction):
                 rows.append({"column_fraction": fraction or "exact", "seed": seed, "step": step, **quality, "seconds_per_step": seconds})
+            written = record.write("distil_curves", rows, ("column_fraction", "seed", "step"))  # as it goes, for it takes long
             print(f"seed {seed}, {fraction or 'exact'}: KL {quality['kl']:.4f}, {seconds:.2f} s a step", flush=True)
-    print(f"written: {record.write('distil_curves', rows, ('column_fraction', 'seed', 'step'))}")
+    print(f"written: {written}")
     plot(rows)
 
 
