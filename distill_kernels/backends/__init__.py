@@ -32,6 +32,8 @@ def choose(problem: Problem, name: str = "auto"):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
     reasons = {}
     for candidate in ORDER if name == "auto" else (name,):
+        if name == "auto" and candidate == "triton" and problem.device.type == "cpu":
+            continue  # its interpreter is for tests, which name it
         backend = load(candidate)
         reasons[candidate] = backend.why_not(problem)
         if reasons[candidate] is None:

@@ -169,4 +169,6 @@ def _widest(problem):
 
 def _precision():
     """How float32 products are made, by torch's own switch."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    switch = torch.backends.cuda.matmul
+    tf32 = switch.fp32_precision == "tf32" if hasattr(switch, "fp32_precision") else switch.allow_tf32
+    return "tf32" if tf32 else "ieee"
