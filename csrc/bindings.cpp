@@ -42,6 +42,9 @@ dk::ChunkParams params(const py::dict& from) {
   p.stats = pointer<float>(from["stats"]);
   p.d_hidden = pointer<float>(from["d_hidden"]);
   p.scores = pointer<float>(from["scores"]);
+  const auto kept = from["kept"].cast<py::tuple>();
+  p.kept = {kept[0].cast<int64_t>(), pointer<const int64_t>(kept[1]), pointer<const float>(kept[2]), pointer<float>(kept[3]),
+            pointer<float>(kept[4])};
   p.d_weight = pointer<float>(from["d_weight"]);
   p.d_bias = pointer<float>(from["d_bias"]);
   p.first = from["first"].cast<bool>();
@@ -62,12 +65,12 @@ const char* name_or_null(const std::string& name) { return name.empty() ? nullpt
   throw std::invalid_argument("instruction set '" + name + "' is not available here");
 }
 
-void run_chunk(const py::dict& from, uintptr_t scratch, int threads, const std::string& instruction_set) {
+void run_chunk(const py::dict& from, uintptr_t scratch, int threads, const std::string& instruction_set, dk::Stage stage) {
   const dk::ChunkParams p = params(from);
   bool ran;
   {
     py::gil_scoped_release unlocked;
-    ran = dk::run_chunk(p, threads, reinterpret_cast<float*>(scratch), name_or_null(instruction_set));
+    ran = dk::run_chunk(p, stage, threads, reinterpret_cast<float*>(scratch), name_or_null(instruction_set));
   }
   if (!ran) unknown_instruction_set(instruction_set);
 }
@@ -105,7 +108,14 @@ std::vector<std::string> instruction_sets() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of distill_kernels; called by distill_kernels.backends.native.";
-  m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"));
+  py::enum_<dk::Stage>(m, "Stage")
+      .value("whole", dk::Stage::kWhole)
+      .value("scores", dk::Stage::kScores)
+      .value("gradients", dk::Stage::kGradients)
+      .value("gather", dk::Stage::kGather)
+      .value("multiply", dk::Stage::kMultiply);
+  m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"),
+        py::arg("stage") = dk::Stage::kWhole);
   m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));
   m.def("math_function", &math_function, py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
   m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("c"), py::arg("rows"), py::arg("depth"), py::arg("instruction_set"));

@@ -31,6 +31,20 @@ struct Model {
   float* logits;  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours; null (both models'): not kept
 };
 
+// What of a chunk is to be done. One whose gradients go over a few columns of dz takes kScores, kGather and kMultiply, with the same sizes
+// and scratch, so that each finds what the one before it left: or kScores and kGradients, if they are to go over all columns after all.
+// kMultiply may come by itself: it needs no logits and no teacher.
+enum class Stage : int { kWhole, kScores, kGradients, kGather, kMultiply };
+
+// The columns of dz that gradient products go over, each times its weight.
+struct Kept {
+  int64_t count;           // 0: products go over the whole vocabulary
+  const int64_t* columns;  // (count) ascending
+  const float* weights;    // (count)
+  float* dz;               // (count, stride) written by kGather, read by kMultiply
+  float* squares;          // (2, count) written by kMultiply: ‖weight row‖², and of what is added to its row of d_weight; null: not wanted
+};
+
 // All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for. Gradients need the
 // logits to be kept.
 struct ChunkParams {
@@ -46,7 +60,8 @@ struct ChunkParams {
   float* d_hidden;            // (tokens, student dim), written; null: not wanted
   float* d_weight;            // (vocabulary, student dim), written if `first`, else added to; null: not wanted
   float* d_bias;              // (vocabulary), likewise
-  float* scores;              // (vocabulary), written: norms of the columns of dz, which is left in the student's logits; null: not wanted
+  float* scores;              // (vocabulary), written by kScores: norms of the columns of dz
+  Kept kept;                  // then d_weight is always added to
   bool first;
   int divergence;  // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term
   float parameters[kMaxParameters];

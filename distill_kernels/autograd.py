@@ -9,6 +9,8 @@ It is differentiable through `total` or through `terms`, by `deferred`:
 - deferred=False: the gradients of `total` are made while the logits are at hand (3S + 1T in all), and backward only scales them.
 - deferred=True: forward computes no gradient (1S + 1T); backward knows what each token's terms are worth and computes it then
   (3S + 1T more). This is what makes per-token results differentiable without storing logits.
+- Problem.keeps_dz: total is of each token, (N,), and differentiable. Forward keeps the few columns of dz that sampled gradients go over
+  (1S + 1T), and backward multiplies those.
 
 Gradients are accumulated and kept in float32 and rounded to the inputs' dtype once, after the upstream gradient is multiplied in: a
 float16 gradient under a loss scaler must not underflow before it is scaled.
@@ -16,21 +18,23 @@ float16 gradient under a loss scaler must not underflow before it is scaled.
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distill_kernels import backends, memory
-from distill_kernels.chunked import empty_outputs
+from distill_kernels.chunked import Saved, empty_outputs
 from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
 
 
 def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total (), terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)); total is differentiable unless `deferred`, terms are
-    if `deferred`."""
+    """(total, terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)); total () is differentiable unless `deferred`, terms are if
+    `deferred`, unless `problem.keeps_dz`: then total (N,) is."""
+    problem = replace(problem, keeps_dz=deferred and problem.can_keep_dz)
     divergence = problem.divergence
-    total, terms_, _, _, _, stats, gradient_error = terms(
+    total, terms_, _, _, _, stats, gradient_error, _, _ = terms(
         *tensors,
         "" if divergence is None else divergence.name,
         [] if divergence is None else list(divergence.parameters),
@@ -66,16 +70,18 @@ def _compute(
     d_bias: bool,
     column_fraction: float,
     gradient_tolerance: float,
+    keeps_dz: bool,
     stats: bool,
     compact: bool,
     workspace_mib: int,
     backend: str,
     deferred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
     check_labels("labels", labels, problem.vocabulary)
     outputs = backends.choose(problem, backend).run(problem, tensors)
-    return (coefficients * outputs.terms).sum(), *outputs
+    total = (coefficients * outputs.terms).sum(-1)
+    return total if keeps_dz else total.sum(), *outputs
 
 
 ARGUMENTS = tuple(inspect.signature(_compute).parameters)
@@ -84,9 +90,9 @@ PLAIN_FIELDS = ARGUMENTS[len(Tensors._fields) + 2 : -2]
 
 
 def _problem(*, divergence, parameters, backend, deferred, **arguments) -> tuple[Problem, Tensors]:
-    """What the op's arguments ask of a backend; a deferred call asks for no gradient."""
+    """What the op's arguments ask of a backend; a deferred call asks for no gradient, if it keeps nothing to make them of."""
     tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
-    if deferred:
+    if deferred and not arguments["keeps_dz"]:
         arguments |= {"d_hidden": False, "d_weight": False, "d_bias": False}
     teacher = tensors.teacher_hidden
     problem = Problem(
@@ -108,31 +114,95 @@ terms = torch.library.custom_op("distill_kernels::terms", _compute, mutates_args
 
 @terms.register_fake
 def _(*args, **kwargs):
-    problem, tensors = _problem(**inspect.signature(_compute).bind(*args, **kwargs).arguments)
-    return tensors.coefficients.new_empty(()), *empty_outputs(problem, tensors.student_hidden)
+    arguments = inspect.signature(_compute).bind(*args, **kwargs).arguments
+    problem, tensors = _problem(**arguments)
+    plan = backends.plan(problem, arguments["backend"]) if problem.keeps_dz else None
+    total = tensors.coefficients.new_empty((problem.tokens,) if problem.keeps_dz else ())
+    return total, *empty_outputs(problem, tensors.student_hidden, plan)
+
+
+@torch.library.custom_op("distill_kernels::multiply_kept", mutates_args=())
+def multiply_kept(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    kept_dz: Tensor,
+    kept_columns: Tensor,
+    chunk_tokens: int,
+    d_hidden: bool,
+    d_weight: bool,
+    column_fraction: float,
+    compact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """d_hidden and d_weight of what a forward with Problem.keeps_dz has kept; see chunked.Saved."""
+    saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens)
+    problem = _kept_problem(student_hidden, student_weight, d_hidden, d_weight, column_fraction, compact)
+    outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
+    return outputs.d_hidden, outputs.d_weight
+
+
+@multiply_kept.register_fake
+def _(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens, d_hidden, d_weight, *rest):
+    problem = _kept_problem(student_hidden, student_weight, d_hidden, d_weight, 0.0, False)
+    outputs = empty_outputs(problem, student_hidden, None)
+    return outputs.d_hidden, outputs.d_weight
+
+
+def _kept_problem(student_hidden, student_weight, d_hidden, d_weight, column_fraction, compact) -> Problem:
+    """The products of the student's kept columns; what their gradient is of does not matter any more."""
+    return Problem(
+        tokens=student_hidden.shape[0],
+        vocabulary=student_weight.shape[0],
+        student_dim=student_hidden.shape[1],
+        teacher_dim=0,
+        student_dtype=student_hidden.dtype,
+        teacher_dtype=student_hidden.dtype,
+        device=student_hidden.device,
+        divergence=None,
+        cross_entropy=False,
+        z_loss=True,
+        d_hidden=d_hidden,
+        d_weight=d_weight,
+        column_fraction=column_fraction,
+        compact=compact,
+    )
 
 
 def _save(ctx, inputs, output):
     arguments = dict(zip(ARGUMENTS, inputs, strict=True))
     tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
-    total, terms_, d_hidden, d_weight, d_bias, stats, gradient_error = output
+    total, terms_, d_hidden, d_weight, d_bias, stats, gradient_error, kept_dz, kept_columns = output
+    others = d_hidden, d_weight, d_bias, stats, gradient_error, kept_dz, kept_columns
     ctx.set_materialize_grads(False)
     ctx.scalars = arguments
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
-    if arguments["deferred"]:
-        ctx.mark_non_differentiable(total, d_hidden, d_weight, d_bias, stats, gradient_error)
+    if arguments["keeps_dz"]:
+        problem, _ = _problem(**tensors._asdict(), **arguments)
+        ctx.backend = backends.name_of(backends.choose(problem, arguments["backend"]))
+        ctx.chunk_tokens = backends.plan(problem, ctx.backend).chunk_tokens
+        ctx.mark_non_differentiable(terms_, *others)
+        ctx.save_for_backward(tensors.student_hidden, tensors.student_weight, tensors.coefficients, kept_dz, kept_columns)
+    elif arguments["deferred"]:
+        ctx.mark_non_differentiable(total, *others)
         ctx.save_for_backward(*tensors)
     else:
-        ctx.mark_non_differentiable(terms_, d_hidden, d_weight, d_bias, stats, gradient_error)
+        ctx.mark_non_differentiable(terms_, *others)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
 
 
 def _backward(ctx, d_total, d_terms, *_):
-    upstream = d_terms if ctx.scalars["deferred"] else d_total
+    again = ctx.scalars["deferred"] and not ctx.scalars["keeps_dz"]
+    upstream = d_terms if again else d_total
     if upstream is None:
         return (None,) * len(ARGUMENTS)
     wanted = [ctx.scalars[name] for name in ("d_hidden", "d_weight", "d_bias")]
-    if ctx.scalars["deferred"]:
+    if ctx.scalars["keeps_dz"]:
+        *inputs, kept_dz, kept_columns = ctx.saved_tensors
+        scalars = (ctx.scalars[name] for name in ("d_hidden", "d_weight", "column_fraction", "compact"))
+        gradients = *multiply_kept(*inputs, upstream, kept_dz, kept_columns, ctx.chunk_tokens, *scalars, ctx.backend), None
+    elif again:
         tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=upstream)
         gradients = terms(*tensors, *{**ctx.scalars, "deferred": False, "stats": False}.values())[2:5]
     else:

@@ -8,6 +8,7 @@ The tile-fused schedule comes this way too, with larger chunks, kernels that kee
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from distill_kernels import memory
 from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
-from distill_kernels.products import relative_error
+from distill_kernels.sampling import relative_error
 
 
 class Outputs(NamedTuple):
@@ -25,6 +26,9 @@ class Outputs(NamedTuple):
     d_bias: torch.Tensor  # (V,), likewise
     stats: torch.Tensor  # (N, 6), likewise
     gradient_error: torch.Tensor  # (2,) predicted of d_hidden and d_weight, relative, if they are sampled and stats are wanted, else (0,)
+    # What sampled gradients are made of in backward; (0,) both where that is not so.
+    kept_dz: torch.Tensor  # (padded tokens · K,) of each chunk in its turn, as the backend's kernels lay it out
+    kept_columns: torch.Tensor  # (chunks, K) int64
 
 
 class Chunk(NamedTuple):
@@ -34,6 +38,7 @@ class Chunk(NamedTuple):
     teacher_hidden: torch.Tensor | None  # (n, D_t)
     labels: torch.Tensor | None  # (n,) int64, contiguous, negative where there is none
     coefficients: torch.Tensor  # (n, 3) contiguous
+    tokens: slice | torch.Tensor  # which of the call's they are
     terms: torch.Tensor  # (n, 3) written
     stats: torch.Tensor | None  # (n, 6) written
     d_hidden: torch.Tensor | None  # (n, D_s) written
@@ -41,56 +46,106 @@ class Chunk(NamedTuple):
     d_bias: torch.Tensor | None  # (V,) likewise
     index: int
     variance: torch.Tensor | None  # (2,) added to: predicted squared error of d_hidden and d_weight; None: not wanted
+    kept_dz: torch.Tensor | None  # (padded n · K,) written; None: not kept beyond the chunk
+    kept_columns: torch.Tensor | None  # (K,) likewise
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
 
-def empty_outputs(problem: Problem, like: torch.Tensor) -> Outputs:
-    """Tensors of the outputs' shapes and dtypes, unwritten."""
+def empty_outputs(problem: Problem, like: torch.Tensor, plan: Plan | None) -> Outputs:
+    """Tensors of the outputs' shapes and dtypes, unwritten. The plan is needed where `problem.keeps_dz`."""
 
-    def new(wanted, *shape):
-        return memory.empty(*(shape if wanted else (0,)), like=like, dtype=problem.compute_dtype)
+    def new(wanted, *shape, dtype=problem.compute_dtype):
+        return memory.empty(*(shape if wanted else (0,)), like=like, dtype=dtype)
 
+    now = not problem.keeps_dz
+    kept, padded, chunks = 0, 0, 0
+    if problem.keeps_dz:
+        kept, chunks = problem.kept_columns, plan.chunks
+        padded = -(-problem.tokens // plan.token_alignment) * plan.token_alignment
     return Outputs(
         new(True, problem.tokens, len(TERMS)),
-        new(problem.d_hidden, problem.tokens, problem.student_dim),
-        new(problem.d_weight, problem.vocabulary, problem.student_dim),
+        new(problem.d_hidden and now, problem.tokens, problem.student_dim),
+        new(problem.d_weight and now, problem.vocabulary, problem.student_dim),
         new(problem.d_bias, problem.vocabulary),
         new(problem.stats, problem.tokens, len(STATS)),
-        new(problem.stats and problem.kept_columns, 2),
+        new(problem.stats and problem.kept_columns and now, 2),
+        new(problem.keeps_dz, padded * kept),
+        new(problem.keeps_dz, chunks, kept, dtype=torch.int64),
     )
 
 
 def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk], None], compact: bool | None = None) -> Outputs:
     """Runs `kernel` over every chunk of the tokens that count; `compact` False: of all, the kernel zeroing what does not count."""
-    outputs = empty_outputs(problem, tensors.student_hidden)
-    active = None
-    count = problem.tokens
-    if problem.compact if compact is None else compact:
-        active = (tensors.coefficients != 0).any(-1).nonzero().squeeze(-1)
-        count = active.numel()
+    outputs = empty_outputs(problem, tensors.student_hidden, plan)
+    compact = problem.compact if compact is None else compact
+    if compact:
         for per_token in (outputs.terms, outputs.d_hidden, outputs.stats):
             per_token.zero_()
-    if count == 0:
-        outputs.d_weight.zero_()
-        outputs.d_bias.zero_()
-
     variance = outputs.gradient_error.zero_() if outputs.gradient_error.numel() else None
     if problem.kept_columns:
         outputs.d_weight.zero_()  # most rows are of no chunk
-    size = even_chunks(count, plan.chunk_tokens, plan.token_alignment)
+    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance) == 0:
+        outputs.d_weight.zero_()
+        outputs.d_bias.zero_()
+    if variance is not None:
+        squares = torch.stack([gradient.square().sum() for gradient in (outputs.d_hidden, outputs.d_weight)])
+        variance.copy_(relative_error(variance, squares))
+    return outputs
+
+
+class Saved(NamedTuple):
+    """What the gradients are made of in backward, if forward had Problem.keeps_dz."""
+
+    student_hidden: torch.Tensor  # (N, D_s)
+    student_weight: torch.Tensor  # (V, D_s)
+    coefficients: torch.Tensor  # (N, 3) of forward, which they are those of
+    upstream: torch.Tensor  # (N,) multiplies a token's
+    kept_dz: torch.Tensor  # as in Outputs
+    kept_columns: torch.Tensor
+    chunk_tokens: int  # of the forward's plan
+
+
+def multiply_kept(
+    problem: Problem, saved: Saved, token_alignment: int, kernel: Callable[[Chunk, torch.Tensor], None], compact: bool | None = None
+) -> Outputs:
+    """The gradients alone, a chunk of the forward's at a time: kernel(chunk, upstream (n,))."""
+    outputs = empty_outputs(replace(problem, keeps_dz=False, stats=False), saved.student_hidden, None)
+    compact = problem.compact if compact is None else compact
+    if compact:
+        outputs.d_hidden.zero_()
+    outputs.d_weight.zero_()
+    read = Tensors(*(getattr(saved, name, None) for name in Tensors._fields))
+    both = outputs._replace(kept_dz=saved.kept_dz, kept_columns=saved.kept_columns)
+    _over_chunks(
+        read, saved.chunk_tokens, token_alignment, lambda chunk: kernel(chunk, saved.upstream[chunk.tokens]), compact, both, None
+    )
+    return outputs
+
+
+def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance) -> int:
+    """Runs `kernel` over the chunks; returns the tokens that went through."""
+    active = None
+    count = len(tensors.student_hidden)
+    if compact:
+        active = (tensors.coefficients != 0).any(-1).nonzero().squeeze(-1)
+        count = active.numel()
+    size = even_chunks(count, chunk_tokens, token_alignment)
+    columns = outputs.kept_columns
     for begin in range(0, count, size):
         end = min(begin + size, count)
         tokens = slice(begin, end) if active is None else active[begin:end]
+        index = begin // size
+        kept = columns[index] if columns.numel() else None
 
         def read(tensor, tokens=tokens):
             return None if tensor is None else tensor[tokens]
 
-        def written(tensor, wanted, tokens=tokens):
+        def written(tensor, tokens=tokens):
             """Where the kernel writes a per-token output: in place if the chunk's tokens are neighbours."""
-            if not wanted:
+            if not tensor.numel():
                 return None
             return tensor[tokens] if active is None else tensor.new_empty(len(tokens), *tensor.shape[1:])
 
@@ -99,20 +154,20 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
             read(tensors.teacher_hidden),
             read(tensors.labels),
             tensors.coefficients[tokens].contiguous(),
-            written(outputs.terms, True),
-            written(outputs.stats, problem.stats),
-            written(outputs.d_hidden, problem.d_hidden),
-            outputs.d_weight if problem.d_weight else None,
-            outputs.d_bias if problem.d_bias else None,
-            index=begin // size,
+            tokens,
+            written(outputs.terms),
+            written(outputs.stats),
+            written(outputs.d_hidden),
+            outputs.d_weight if outputs.d_weight.numel() else None,
+            outputs.d_bias if outputs.d_bias.numel() else None,
+            index=index,
             variance=variance,
+            kept_dz=None if kept is None else outputs.kept_dz[begin * len(kept) :],
+            kept_columns=kept,
         )
         kernel(chunk)
         if active is not None:
             for output, part in ((outputs.terms, chunk.terms), (outputs.stats, chunk.stats), (outputs.d_hidden, chunk.d_hidden)):
                 if part is not None:
                     output[tokens] = part
-    if variance is not None:
-        squares = torch.stack([gradient.square().sum() for gradient in (outputs.d_hidden, outputs.d_weight)])
-        variance.copy_(relative_error(variance, squares))
-    return outputs
+    return count

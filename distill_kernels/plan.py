@@ -35,6 +35,7 @@ class Plan:
     token_alignment: int  # what a kernel rounds a chunk's tokens up to
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
     workspace_bytes: int
+    saved_bytes: int  # columns of dz kept from forward to backward
     gradient_bytes: int  # accumulators of the gradients, in the compute dtype
     cast_bytes: int  # the gradients once more in the inputs' dtype, where that is another
     eager_bytes: int  # what eager torch holds at its peak for the same loss, gradients left out
@@ -44,7 +45,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Peak above the inputs: workspace, gradient accumulators, and the casts that replace them at the end."""
-        return max(self.workspace_bytes + self.gradient_bytes, self.gradient_bytes + self.cast_bytes)
+        return max(self.workspace_bytes + self.saved_bytes + self.gradient_bytes, self.gradient_bytes + self.cast_bytes)
 
     def __str__(self):
         def mib(count):
@@ -55,6 +56,7 @@ class Plan:
                 f"schedule    {self.schedule}: {self.reason}",
                 f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens",
                 f"workspace   {mib(self.workspace_bytes)}",
+                *([f"kept        {mib(self.saved_bytes)} from forward to backward"] if self.saved_bytes else []),
                 f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
                 f"peak        {mib(self.peak_bytes)} above the inputs",
                 f"eager       {mib(self.eager_bytes + self.gradient_bytes + self.cast_bytes)} above the inputs",
@@ -86,7 +88,9 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1) if schedule.keeps_logits else 0
     token_bytes = logits_bytes + schedule.token_bytes
     alignment = schedule.token_alignment
-    left = problem.workspace_mib * MIB - schedule.fixed_bytes
+    kept = problem.kept_columns
+    saved_token_bytes = kept * element if problem.keeps_dz else 0
+    left = problem.workspace_mib * MIB - schedule.fixed_bytes - problem.tokens * saved_token_bytes
     # For the row kernel's temporaries a quarter, or what the smallest chunk leaves, but at least one token's.
     row_tokens = max(1, min(left // 4, left - alignment * token_bytes) // schedule.row_bytes) if schedule.row_bytes else 0
     left -= row_tokens * schedule.row_bytes
@@ -103,6 +107,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         most = min(most, max(1, schedule.most_bytes // token_bytes // alignment) * alignment)
     chunk_tokens = even_chunks(problem.tokens, most, alignment)
     row_tokens = min(row_tokens, chunk_tokens)
+    chunks = max(1, -(-problem.tokens // chunk_tokens))
 
     student_values = problem.tokens * problem.student_dim * problem.d_hidden
     head_values = problem.vocabulary * (problem.student_dim * problem.d_weight + problem.d_bias)
@@ -115,13 +120,14 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         schedule=schedule.name,
         reason=schedule.reason,
         chunk_tokens=chunk_tokens,
-        chunks=max(1, -(-problem.tokens // chunk_tokens)),
+        chunks=chunks,
         token_alignment=alignment,
         row_tokens=row_tokens,
         workspace_bytes=chunk_tokens * token_bytes + schedule.fixed_bytes + row_tokens * schedule.row_bytes,
+        saved_bytes=-(-problem.tokens // alignment) * alignment * saved_token_bytes + (chunks * kept * 8 if problem.keeps_dz else 0),
         gradient_bytes=gradient_values * element,
         cast_bytes=gradient_values * problem.student_dtype.itemsize if problem.student_dtype.itemsize < element else 0,
         eager_bytes=eager_buffers * problem.tokens * problem.vocabulary * element,
         forward_flops=product * (problem.student_dim + problem.teacher_dim),
-        backward_flops=product * problem.student_dim * (problem.d_hidden + problem.d_weight),
+        backward_flops=2 * problem.tokens * (kept or problem.vocabulary) * problem.student_dim * (problem.d_hidden + problem.d_weight),
     )

@@ -65,6 +65,7 @@ class Problem:
     d_bias: bool = False
     column_fraction: float = 0.0  # of the vocabulary that gradient products go over, at most; 0: all of it
     gradient_tolerance: float = 0.0  # relative error that the fraction is chosen by; 0: it is the fraction
+    keeps_dz: bool = False  # sampled gradients are made in backward, from the columns of dz that forward keeps
     stats: bool = False
     compact: bool = False  # some tokens may be masked
     workspace_mib: int = WORKSPACE_MIB
@@ -81,6 +82,15 @@ class Problem:
     def kept_columns(self) -> int:
         """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance); 0: the exact products run."""
         return kept_columns(self.vocabulary, self.column_fraction) if self.d_hidden or self.d_weight else 0
+
+
+    @property
+    def can_keep_dz(self) -> bool:
+        """Whether forward can keep the columns of dz that gradients made in backward go over: they take at most half of the workspace,
+        their number does not have to be found out, and d_bias, which is of all columns, is not asked for."""
+        kept_bytes = self.tokens * self.kept_columns * self.compute_dtype.itemsize
+        fits = 2 * kept_bytes <= self.workspace_mib * 2**20
+        return bool(self.kept_columns and fits and not self.gradient_tolerance and not self.d_bias)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

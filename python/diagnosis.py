@@ -22,6 +22,7 @@ def plan(
     reduction: str = "mean",
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
+    column_fraction: float | None = None,
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Plan:
@@ -31,8 +32,9 @@ def plan(
     call without a teacher (kd_weight=0).
 
     Returns
-        A `Plan`: chunk_tokens, chunks, workspace_bytes, gradient_bytes, cast_bytes, peak_bytes (above the inputs), eager_bytes (what
-        eager torch holds for the same loss, gradients left out), forward_flops, backward_flops.
+        A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), gradient_bytes,
+        cast_bytes, peak_bytes (above the inputs), eager_bytes (what eager torch holds for the same loss, gradients left out),
+        forward_flops, backward_flops.
 
     Raises
         ValueError if the workspace cannot hold one token's logits; NotImplementedError if no backend can run it.
@@ -51,6 +53,7 @@ def plan(
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
+    contract.finite_number("column_fraction", column_fraction, above=0, most=1, optional=True)
     deferred = reduction == "none"
     problem = contract.Problem(
         tokens=tokens,
@@ -65,6 +68,7 @@ def plan(
         z_loss=not teacher_dim,
         d_hidden=hidden_gradient,
         d_weight=weight_gradient,
+        column_fraction=column_fraction or 0.0,
         workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
     )
     return backends.plan(problem, backend, deferred=deferred)

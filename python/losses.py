@@ -285,7 +285,7 @@ def _distillation_loss(
         tensors = tensors._replace(seed=_seed(options["seed"], student_hidden.device))
     loss, terms, per_token, gradient_error = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
     if deferred:
-        loss = (coefficients * terms).sum(-1).view(tokens)
+        loss = (loss if loss.dim() else (coefficients * terms).sum(-1)).view(tokens)
     return loss, per_token.view(*tokens, len(contract.STATS)) if stats else None, valid & (factor != 0), gradient_error
 
 

@@ -3,13 +3,17 @@
 Sampling pays for large vocabularies only; most tests lower the bound on the vocabulary, so that a few hundred columns are enough.
 """
 
+import contextlib
+
 import pytest
 import torch
 from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, make_token_weight, with_gradients
 from torch.utils.checkpoint import checkpoint
 
-from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, products, reference
+from distill_kernels import chunked, columns, distillation_loss, distillation_loss_and_stats, plan, reference, sampling
 from distill_kernels.columns import UNIT, draw, inclusion, kept_columns, philox
+from distill_kernels.plan import MIB
+from distill_kernels.problem import Problem
 
 pytest.importorskip("triton")
 TOKENS, VOCABULARY, FRACTION = 8, 300, 0.08
@@ -210,22 +214,22 @@ def draws(monkeypatch):
     """(columns, weights, uniform, scores, tokens) of every chunk."""
     recorded = []
 
-    def record(scores, kept, uniform, draw=products.draw):
+    def record(scores, kept, uniform, draw=sampling.draw):
         drawn, weights = draw(scores, kept, uniform)
         recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
         return drawn, weights
 
-    def count(self, chunk, *args, gradients=products.Sampler.gradients):
+    def count(self, chunk, *args, gradients=sampling.Sampler.gradients):
         gradients(self, chunk, *args)
         recorded[-1].append(chunk.terms.shape[0])
 
-    monkeypatch.setattr(products, "draw", record)
-    monkeypatch.setattr(products.Sampler, "gradients", count)
+    monkeypatch.setattr(sampling, "draw", record)
+    monkeypatch.setattr(sampling.Sampler, "gradients", count)
     return recorded
 
 
-def from_draws(inputs, draws, **options):
-    """The gradients that the recorded draws should have given, from the reference's gradient of the logits."""
+def from_draws(inputs, draws, upstream=1.0, **options):
+    """The gradients that the recorded draws should have given, from the reference's gradient of the logits; `upstream` (N,) came later."""
     inputs = inputs.to(torch.float64)
     logits, identity = inputs.student_hidden @ inputs.student_weight.T, torch.eye(len(inputs.student_weight), dtype=torch.float64)
     dz = with_gradients(reference.distillation_loss, inputs._replace(student_hidden=logits, student_weight=identity), 1.0, **options)
@@ -234,6 +238,7 @@ def from_draws(inputs, draws, **options):
         tokens = slice(begin, begin := begin + count)
         part = dz["d_student_hidden"][tokens]
         torch.testing.assert_close(scores.double() / scores.norm(), part.norm(dim=0) / part.norm(), rtol=0.02, atol=1e-5)
+        part = part * torch.as_tensor(upstream).expand(len(dz["d_student_hidden"]))[tokens, None]
         d_hidden[tokens] = (part[:, drawn] * weights) @ inputs.student_weight[drawn]
         d_weight[drawn] += (part[:, drawn] * weights).T @ inputs.student_hidden[tokens]
     assert begin == len(inputs.student_hidden)
@@ -330,20 +335,81 @@ def test_where_sampling_does_not_pay_everything_is_exact(backend):
     assert distillation_loss_and_stats(*inputs[:4], backend=backend)[1].gradient_error is None
 
 
-@on_cpu
-def test_per_token_losses_get_the_same_estimate(small, backend):
-    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+@on_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [TOKENS, 410])
+def test_per_token_losses_keep_the_columns_that_their_gradients_are_made_of(small, draws, backend, dtype, tokens):
+    if backend == "triton" and tokens > TOKENS and DEVICE == "cpu":
+        pytest.skip("minutes in the interpreter")
+    inputs = make_inputs("moderate", tokens, VOCABULARY, dtype=dtype)
+    upstream = make_token_weight(tokens) - 0.5
+    with multiplied_anew() as calls:
+        got = sampled(inputs, backend, upstream, reduction="none")
+    assert calls == ["forward", "kept"]
+    want = from_draws(inputs, draws, upstream, reduction="sum")
+    bound = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert all(relative(got[name], want[name]) <= bound for name in GRADIENTS)
+    draws.clear()
     summed = sampled(inputs, backend, reduction="sum")
-    assert_same(sampled(inputs, backend, torch.ones(TOKENS), reduction="none"), summed, GRADIENTS)
-    upstream = make_token_weight(TOKENS)
-    got = sampled(inputs, backend, upstream, reduction="none")
+    alike = sampled(inputs, backend, torch.ones(tokens), reduction="none")
+    assert all(relative(alike[name], summed[name]) <= bound for name in GRADIENTS)
+
+
+@contextlib.contextmanager
+def multiplied_anew():
+    """What runs meanwhile: "forward" for a run of the loss's op, "kept" for products of kept columns alone."""
+    calls, run, kept = [], chunked.run, chunked.multiply_kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "run", lambda *args: calls.append("forward") or run(*args))
+        patch.setattr(chunked, "multiply_kept", lambda *args: calls.append("kept") or kept(*args))
+        yield calls
+
+
+@on_all
+def test_per_token_losses_with_masks_and_a_second_backward(small, draws, backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs, labels = make_inputs("moderate", TOKENS, VOCABULARY), make_labels(TOKENS, VOCABULARY)
+    valid, upstream = labels != -100, make_token_weight(TOKENS)
+    options = {"reduction": "none", "ce_weight": 0.5, "temperature": 2.0}
+    got = sampled(inputs, backend, upstream, labels=labels, **options)
+    few = Inputs(inputs.student_hidden[valid], inputs.student_weight, inputs.teacher_hidden[valid], inputs.teacher_weight)
+    want = sampled(few, backend, upstream[valid], labels=labels[valid], **options)
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert not got["d_student_hidden"][~valid].any() and not got["loss"][~valid].any()
+    assert relative(got["d_student_hidden"][valid], want["d_student_hidden"]) <= 1e-5
+    assert relative(got["d_student_weight"], want["d_student_weight"]) <= 1e-5
+
+    call = inputs.to(device)
+    leaves = [x.requires_grad_() for x in call[:2]]
+    losses = distillation_loss(*call[:4], labels.to(device), backend=backend, column_fraction=FRACTION, **options)
+    first, second = (torch.autograd.grad(losses, leaves, upstream.to(device), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_cpu
+def test_per_token_losses_draw_anew_where_columns_cannot_be_kept(small, draws, backend, monkeypatch):
+    """With the bias's gradient, which is of all columns; with a tolerance; and beyond half of the workspace."""
+    tokens, upstream = 40, make_token_weight(40)
+    inputs = make_inputs("moderate", tokens, VOCABULARY)
+    for options in ({"student_bias": torch.zeros(VOCABULARY, requires_grad=True)}, {"fraction": "auto", "gradient_tolerance": 0.3}):
+        with multiplied_anew() as calls:
+            sampled(inputs, backend, upstream, reduction="none", **options)
+        assert calls == ["forward", "forward"]
+    monkeypatch.setattr(Problem, "can_keep_dz", False)
+    draws.clear()
+    with multiplied_anew() as calls:
+        got = sampled(inputs, backend, upstream, reduction="none")
+    assert calls == ["forward", "forward"]
     weighted = sampled(inputs, backend, reduction="sum", token_weight=upstream)
     assert all(relative(got[name], weighted[name]) <= 1e-5 for name in GRADIENTS)
 
-    leaves = [x.requires_grad_() for x in inputs[:2]]
-    losses = distillation_loss(*inputs[:4], reduction="none", backend=backend, column_fraction=FRACTION)
-    first, second = (torch.autograd.grad(losses, leaves, upstream, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+def test_columns_are_kept_within_half_of_the_workspace():
+    few = plan(1024, 49152, 576, 576, reduction="none", column_fraction=0.08, backend="torch")
+    many = plan(16384, 49152, 576, 576, reduction="none", column_fraction=0.08, backend="torch")
+    assert few.saved_bytes >= 1024 * kept_columns(49152, 0.08) * 4 and few.workspace_bytes + few.saved_bytes <= 192 * MIB
+    assert few.forward_flops == 2 * 1024 * 49152 * 2 * 576 and few.backward_flops == 2 * 1024 * kept_columns(49152, 0.08) * 2 * 576
+    assert many.saved_bytes == 0 and many.backward_flops > many.forward_flops
 
 
 # Reproducibility

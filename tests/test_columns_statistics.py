@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import Inputs, everything, make_inputs, with_gradients
 
-from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, divergences, products
+from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, divergences, sampling
 
 TOKENS, VOCABULARY = 12, 400
 SEEDS = 600
@@ -94,7 +94,7 @@ def five_percent_high(scores, kept, uniform):
 
 @pytest.mark.parametrize("biased", [unweighted, five_percent_high])
 def test_biased_estimate_is_found_out(small, monkeypatch, biased):
-    monkeypatch.setattr(products, "draw", biased)
+    monkeypatch.setattr(sampling, "draw", biased)
     with pytest.raises(AssertionError, match="standard errors"):
         assert_unbiased(make_inputs("flat", TOKENS, VOCABULARY, 16, 24), temperature=4.0)
 

@@ -12,7 +12,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  void (*run)(const ChunkParams&, int threads, float* memory);
+  void (*run)(const ChunkParams&, Stage, int threads, float* memory);
   int64_t (*scratch_floats)(const ChunkParams&, int threads);
   void (*map)(char, const float*, float*, int64_t);
   void (*multiply)(const float*, const float*, float*, int64_t, int64_t);
@@ -23,7 +23,7 @@ struct InstructionSet {
 
 #define DK_DECLARE(isa)                                                        \
   namespace isa {                                                              \
-  void run(const ChunkParams&, int threads, float* memory);                    \
+  void run(const ChunkParams&, Stage, int threads, float* memory);             \
   int64_t scratch_floats(const ChunkParams&, int threads);                     \
   void map(char, const float*, float*, int64_t);                               \
   void multiply(const float*, const float*, float*, int64_t, int64_t);         \
@@ -110,10 +110,10 @@ int64_t chunk_scratch_floats(const ChunkParams& params, int threads, const char*
   return set == nullptr ? -1 : set->scratch_floats(params, threads);
 }
 
-bool run_chunk(const ChunkParams& params, int threads, float* scratch, const char* instruction_set) {
+bool run_chunk(const ChunkParams& params, Stage stage, int threads, float* scratch, const char* instruction_set) {
   const InstructionSet* set = find(instruction_set);
   if (set == nullptr) return false;
-  set->run(params, threads, scratch);
+  set->run(params, stage, threads, scratch);
   return true;
 }
 

@@ -6,7 +6,7 @@
 namespace distill_kernels {
 
 // `instruction_set` is one of available_instruction_sets(), or null for the widest. False, or −1, if it is not available.
-bool run_chunk(const ChunkParams& params, int threads, float* scratch, const char* instruction_set);
+bool run_chunk(const ChunkParams& params, Stage stage, int threads, float* scratch, const char* instruction_set);
 
 // Floats of scratch that run_chunk needs, aligned to 64 bytes. Looks at sizes and at which pointers are null, not at data.
 int64_t chunk_scratch_floats(const ChunkParams& params, int threads, const char* instruction_set);

@@ -36,6 +36,12 @@ DK_INLINE Vector as_float(Integers v) { return reinterpret_cast<Vector>(v); }
 DK_INLINE Integers as_bits(Vector v) { return reinterpret_cast<Integers>(v); }
 
 DK_INLINE Vector select(Integers mask, Vector a, Vector b) { return mask ? a : b; }
+// v in lanes before `count`, 0 in the others.
+DK_INLINE Vector before(int64_t count, Vector v) {
+  Vector out{};
+  for (int lane = 0; lane < DK_LANES; ++lane) out[lane] = lane < count ? v[lane] : 0.0f;
+  return out;
+}
 static DK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 DK_INLINE Vector from_bfloat16(Halves h) { return as_float(__builtin_convertvector(h, Integers) << 16); }

@@ -6,6 +6,7 @@ A backend is a module of this package with
     why_not(problem) -> str | None       None if it can run the problem, else the reason in words
     schedule(problem) -> Schedule        what the planner must know of it
     run(problem, tensors) -> Outputs     the terms of the loss, and the gradients of Σ coefficients · terms
+    multiply_kept(problem, saved) -> Outputs    those gradients alone, from what a run with problem.keeps_dz has kept
 
 Adding one: write the module, and put its name in ORDER where `auto` should consider it.
 """
@@ -48,5 +49,6 @@ def name_of(backend) -> str:
 def plan(problem: Problem, name: str = "auto", *, deferred: bool = False) -> Plan:
     """The plan of the backend that would run. `deferred`: gradients are made in backward, which repeats the forward products."""
     backend = choose(problem, name)
+    problem = replace(problem, keeps_dz=problem.keeps_dz or (deferred and problem.can_keep_dz))
     made = make_plan(problem, backend.schedule(problem))
-    return replace(made, backward_flops=made.forward_flops + made.backward_flops) if deferred else made
+    return replace(made, backward_flops=made.forward_flops + made.backward_flops) if deferred and not problem.keeps_dz else made

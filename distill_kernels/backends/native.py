@@ -13,7 +13,7 @@ from distill_kernels import chunked, memory
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
-from distill_kernels.products import Products, Sampler, panel_bytes, sampled_bytes
+from distill_kernels.sampling import Sampler, sampled_bytes
 
 try:
     from distill_kernels import _native
@@ -62,9 +62,7 @@ def schedule(problem: Problem) -> Schedule:
     fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
-    if problem.kept_columns:
-        sampled_fixed_bytes += panel_bytes(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, rows=False)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
@@ -85,50 +83,100 @@ def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
-    threads = torch.get_num_threads()  # read once: the scratch is sized by it
-    float32 = {"like": tensors.student_hidden, "dtype": torch.float32}
-    scratch = memory.empty(_scratch_bytes(problem, plan.chunk_tokens, threads) // 4, **float32)
-    logits = [None, None]
-    if plan.schedule == "chunked":
-        logits = [memory.empty(problem.vocabulary, plan.chunk_tokens, **float32) for _ in range(2 if problem.teacher_dim else 1)]
+    call = Call(problem, plan.chunk_tokens)
+    keeps = plan.schedule == "chunked"
+    logits = [
+        memory.empty(problem.vocabulary, plan.chunk_tokens, like=call.scratch, dtype=torch.float32) if wanted else None
+        for wanted in (keeps, keeps and problem.teacher_dim)
+    ]
     biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
     weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
-    common = _nothing(problem)
-    sampler = Sampler(problem, tensors, Products(problem, tensors.student_hidden.device), plan.chunks)
+    sampler = Sampler(problem, tensors, plan)
     scores = torch.empty(problem.vocabulary, dtype=torch.float32) if sampler.kept else None
 
     def kernel(chunk: chunked.Chunk):
-        hidden = [None if h is None else _by_rows(h) for h in (chunk.student_hidden, chunk.teacher_hidden)]
-        tokens = hidden[0].shape[0]
-        arguments = {
-            **common,
+        models = [
+            None if hidden is None else (_by_rows(hidden), weight, bias, space)
+            for hidden, weight, bias, space in zip((chunk.student_hidden, chunk.teacher_hidden), weights, biases, logits, strict=True)
+        ]
+        kernels = call.of(chunk, *models, scores)
+        if sampler.kept:
+            kernels.run(_native.Stage.scores)
+            sampler.gradients(chunk, scores, kernels)
+        else:
+            kernels.run(_native.Stage.whole)
+
+    return chunked.run(problem, tensors, plan, kernel)
+
+
+def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
+    call = Call(problem, saved.chunk_tokens)
+    weight = _by_rows(saved.student_weight)
+
+    def kernel(chunk: chunked.Chunk, upstream: torch.Tensor):
+        kernels = call.of(chunk, (_by_rows(chunk.student_hidden), weight, None, None), None, None)
+        padded = upstream.new_zeros(kernels.stride)
+        padded[: len(upstream)] = upstream
+        kept = chunk.kept_dz[: len(chunk.kept_columns) * kernels.stride].view(-1, kernels.stride)
+        kernels.multiply(chunk, kept * padded, chunk.kept_columns, None)
+
+    return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernel)
+
+
+class Call:
+    """What the chunks of a call share: arguments, scratch, and the number of threads, read once, for the scratch is sized by it."""
+
+    def __init__(self, problem: Problem, chunk_tokens: int):
+        self.problem, self.common, self.threads = problem, _nothing(problem), torch.get_num_threads()
+        floats = _scratch_bytes(problem, chunk_tokens, self.threads) // 4
+        self.scratch = memory.empty(floats, like=torch.empty(0), dtype=torch.float32)
+
+    def of(self, chunk: chunked.Chunk, student, teacher, scores) -> "Kernels":
+        """student, teacher: (hidden, weight, bias, space for logits) or None."""
+        tokens = len(chunk.student_hidden)
+
+        def model(name, tensors):
+            hidden, weight, bias, logits = tensors
+            addresses = {"hidden": _matrix(hidden), "weight": _matrix(weight), "bias": _address(bias), "logits": _address(logits)}
+            return self.common[name] | addresses
+
+        arguments = self.common | {
             "tokens": tokens,
-            "stride": -(-tokens // plan.token_alignment) * plan.token_alignment,  # what is beyond the tokens is computed, and costs
-            "student": common["student"]
-            | {"hidden": _matrix(hidden[0]), "weight": _matrix(weights[0]), "bias": _address(biases[0]), "logits": _address(logits[0])},
-            "labels": _address(chunk.labels) if problem.cross_entropy else 0,
+            "stride": -(-tokens // _native.token_alignment) * _native.token_alignment,  # what is beyond the tokens is computed, and costs
+            "student": model("student", student),
+            "labels": _address(chunk.labels) if self.problem.cross_entropy else 0,
             "coefficients": _address(chunk.coefficients),
             "terms": _address(chunk.terms),
             "stats": _address(chunk.stats),
-            "d_hidden": 0 if sampler.kept else _address(chunk.d_hidden),
-            "d_weight": 0 if sampler.kept else _address(chunk.d_weight),
-            "scores": _address(scores),
+            "d_hidden": _address(chunk.d_hidden),
+            "d_weight": _address(chunk.d_weight),
             "d_bias": _address(chunk.d_bias),
+            "scores": _address(scores),
             "first": chunk.first,
         }
-        if problem.teacher_dim:
-            arguments["teacher"] = common["teacher"] | {
-                "hidden": _matrix(hidden[1]),
-                "weight": _matrix(weights[1]),
-                "bias": _address(biases[1]),
-                "logits": _address(logits[1]),
-            }
-        _native.run_chunk(arguments, scratch.data_ptr(), threads, INSTRUCTION_SET)
-        if sampler.kept:
-            left = logits[0].view(-1)[: problem.vocabulary * arguments["stride"]].view(problem.vocabulary, -1)[:, :tokens]  # dzᵀ
-            sampler.gradients(chunk, scores, lambda columns, inverse: left.index_select(0, columns).mul_(inverse[:, None]).T, left.T)
+        if teacher is not None:
+            arguments["teacher"] = model("teacher", teacher)
+        return Kernels(self, arguments)
 
-    return chunked.run(problem, tensors, plan, kernel)
+
+class Kernels:
+    """A chunk's kernels; those that `sampling` asks for, too."""
+
+    def __init__(self, call: Call, arguments: dict):
+        self.call, self.arguments, self.stride = call, arguments, arguments["stride"]
+
+    def run(self, stage, kept=None):
+        arguments = self.arguments if kept is None else self.arguments | {"kept": kept}
+        _native.run_chunk(arguments, self.call.scratch.data_ptr(), self.call.threads, INSTRUCTION_SET, stage)
+
+    def gather(self, columns, weights, out):
+        self.run(_native.Stage.gather, (len(columns), columns.data_ptr(), weights.data_ptr(), out.data_ptr(), 0))
+
+    def multiply(self, chunk, dz, columns, squares):
+        self.run(_native.Stage.multiply, (len(columns), columns.data_ptr(), 0, dz.data_ptr(), _address(squares)))
+
+    def exact(self, chunk):
+        self.run(_native.Stage.gradients)
 
 
 def _nothing(problem: Problem) -> dict:
@@ -149,9 +197,10 @@ def _nothing(problem: Problem) -> dict:
         "coefficients": 0,
         "terms": 0,
         "stats": 0,
-        "d_hidden": int(problem.d_hidden and not problem.kept_columns),
-        "d_weight": int(problem.d_weight and not problem.kept_columns),
-        "scores": int(problem.kept_columns > 0),
+        "d_hidden": int(problem.d_hidden and not problem.keeps_dz),
+        "d_weight": int(problem.d_weight and not problem.keeps_dz),
+        "scores": 0,
+        "kept": (problem.kept_columns, 0, 0, 0, 0),
         "d_bias": int(problem.d_bias),
         "first": True,
         "divergence": -1 if divergence is None else _native.divergences.index(divergence.name),

@@ -12,7 +12,8 @@ from distill_kernels import chunked
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Plan, Schedule, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
-from distill_kernels.products import Products, Sampler, panel_bytes, sampled_bytes
+from distill_kernels.products import Products, panel_bytes
+from distill_kernels.sampling import Library, Sampler, sampled_bytes
 
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
@@ -45,7 +46,7 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
     dtype, device = problem.compute_dtype, tensors.student_hidden.device
     products = Products(problem, device)
-    sampler = Sampler(problem, tensors, products, plan.chunks)
+    sampler = Sampler(problem, tensors, plan)
     student_space, teacher_space = (
         torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
         for wanted in (True, problem.teacher_dim)
@@ -63,16 +64,18 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
         dz = student_logits
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
+        kernels = Library(products, tensors.student_weight, dtype, dz)
         if sampler.kept:
-            norms = torch.linalg.vector_norm(dz, dim=0)
-            sampler.gradients(chunk, norms, lambda columns, inverse: dz.index_select(1, columns).mul_(inverse), dz)
-            return
-        if chunk.d_hidden is not None:
-            products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
-        if chunk.d_weight is not None:
-            products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
+            sampler.gradients(chunk, torch.linalg.vector_norm(dz, dim=0), kernels)
+        else:
+            kernels.exact(chunk)
 
     return chunked.run(problem, tensors, plan, kernel)
+
+
+def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
+    kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, problem.compute_dtype)
+    return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
 
 
 class Rows(NamedTuple):

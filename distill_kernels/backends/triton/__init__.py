@@ -9,7 +9,8 @@ import torch
 from distill_kernels import chunked
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
-from distill_kernels.products import Products, Sampler, multiplies_wide, panel_bytes, sampled_bytes
+from distill_kernels.products import Products, multiplies_wide, panel_bytes
+from distill_kernels.sampling import Library, Sampler, sampled_bytes
 
 MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
 SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: thousands of tokens share each pass over the heads
@@ -108,7 +109,7 @@ def _run_chunked(problem, tensors, plan, compact):
     launcher = launch.Launcher(problem, tensors)
     device = tensors.student_hidden.device
     products = Products(problem, device)
-    sampler = Sampler(problem, tensors, products, plan.chunks)
+    sampler = Sampler(problem, tensors, plan)
 
     def space(wanted, dtype=torch.float32):
         return torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
@@ -128,19 +129,29 @@ def _run_chunked(problem, tensors, plan, compact):
         launcher.rows(chunk, student_logits, teacher_logits, dz, dz_scale)
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
+        kernels = Library(products, tensors.student_weight, dz_space.dtype, dz, dz_scale)
         if sampler.kept:
-            norms = torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32)
-            sampler.gradients(chunk, norms, lambda columns, inverse: (dz.index_select(1, columns) * inverse).to(dz.dtype), dz)
-            return
-        if chunk.d_hidden is not None:
-            products.d_hidden(dz, tensors.student_weight, chunk.d_hidden)
-        if chunk.d_weight is not None:
-            products.d_weight(dz, chunk.student_hidden, chunk.d_weight, chunk.first)
+            sampler.gradients(chunk, torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32), kernels)
+        else:
+            kernels.exact(chunk)
 
-    outputs = chunked.run(problem, tensors, plan, kernel, compact)
-    if dz_scale is not None:
+    return _unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
+
+
+def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
+    with torch.cuda.device_of(saved.student_hidden):
+        dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
+        scale = _dz_scale(saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
+        kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, dtype, scale=scale)
+        compact = problem.compact and not _captures(problem.device)
+        outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled, compact)
+        return _unscaled(outputs, scale)
+
+
+def _unscaled(outputs, scale):
+    if scale is not None:
         for gradient in (outputs.d_hidden, outputs.d_weight, outputs.d_bias):
-            gradient.div_(dz_scale)
+            gradient.div_(scale)
     return outputs
 
 

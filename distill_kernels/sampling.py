@@ -1,0 +1,140 @@
+"""A chunk's gradients over a few columns of dz: drawn, gathered, multiplied. `columns` says which, and why that is right.
+
+A backend makes dz's column norms and hands over kernels with
+
+    gather(columns, weights, out)            out ← those columns of the chunk's dz, each times its weight, as its `multiply` wants them
+    multiply(chunk, dz, columns, squares)    d_hidden ← and d_weight += of such columns; squares (2, K) ← ‖·‖² of each column's row of
+                                             the head and of what is added to its row of d_weight, or None
+    exact(chunk)                             both over all of dz
+
+`Library` has them for backends that multiply by the vendor's library.
+"""
+
+import torch
+
+from distill_kernels.columns import FRACTIONS, TRIAL_FRACTION, draw, kept_columns, philox, spread
+from distill_kernels.problem import Problem, Tensors
+from distill_kernels.products import Products
+
+
+def sampled_bytes(problem: Problem, rows: bool = True) -> tuple[int, int]:
+    """Bytes that sampled products take for each token of a chunk, and beside: the kept columns of dz, twice if `rows`, for the library's
+    operations; then also their rows of the head and of d_weight; scores, probabilities and their sums."""
+    kept = problem.kept_columns
+    row_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) if rows else 0
+    return 4 * kept * (1 + rows), kept * (row_bytes + 24) + 48 * problem.vocabulary * bool(kept)
+
+
+class Sampler:
+    """Draws the columns that each chunk's gradients go over.
+
+    With a tolerance, the first chunk is multiplied on trial, which gives the error of its gradients; from that and from how the columns'
+    norms are spread follows the smallest of `FRACTIONS` that is good enough, and it serves the whole call.
+    """
+
+    def __init__(self, problem: Problem, tensors: Tensors, plan):
+        self.kept, self.tolerance, self.vocabulary = problem.kept_columns, problem.gradient_tolerance, problem.vocabulary
+        self.space = None
+        if self.kept:
+            device = tensors.student_hidden.device
+            self.uniforms = philox(tensors.seed, torch.arange(plan.chunks, device=device))
+            if not problem.keeps_dz:
+                self.space = torch.empty(plan.chunk_tokens * self.kept, dtype=problem.compute_dtype, device=device)
+
+    def gradients(self, chunk, scores, kernels):
+        """d_hidden ← and d_weight += of a chunk, or, if they are made in backward, what that needs. scores (V,): norms of dz's columns."""
+        if self.tolerance and chunk.first and self._tried(chunk, scores, kernels):
+            return
+        if self.kept == self.vocabulary:
+            kernels.exact(chunk)
+        else:
+            self._sample(chunk, scores, kernels, self.kept, chunk.variance)
+
+    def _sample(self, chunk, scores, kernels, kept, variance):
+        """(columns drawn, ‖·‖² of what was added to d_weight or 0); adds to `variance` (2,), if there is one."""
+        columns, weights = draw(scores, kept, self.uniforms[chunk.index])
+        dz = chunk.kept_dz if self.space is None else self.space
+        kernels.gather(columns, weights, dz)
+        if self.space is None:
+            chunk.kept_columns.copy_(columns)
+            return None
+        squares = None if variance is None else scores.new_zeros(2, kept)
+        kernels.multiply(chunk, dz, columns, squares)
+        if variance is None:
+            return None
+        # Σ over all columns of (1/π − 1)·‖·‖², itself estimated from those kept: their weight 1/π is squared in dz already.
+        left_out = 1 - 1 / weights
+        if chunk.d_hidden is not None:
+            variance[0] += (left_out * (scores[columns] * weights).square() * squares[0]).sum()
+        if chunk.d_weight is not None:
+            variance[1] += (left_out * squares[1]).sum()
+        return columns, squares[1].sum()
+
+    def _tried(self, chunk, scores, kernels) -> bool:
+        """Settles the columns to keep for the tolerance: all, if no fraction is good enough. Whether the trial served as the chunk's."""
+        trial = kept_columns(self.vocabulary, TRIAL_FRACTION)
+        variance = scores.new_zeros(2)
+        columns, made = self._sample(chunk, scores, kernels, trial, variance)
+        squares = torch.stack([made.new_zeros(()) if chunk.d_hidden is None else chunk.d_hidden.square().sum(), made])
+        choices = [kept_columns(self.vocabulary, fraction) for fraction in FRACTIONS]
+        spreads = torch.stack([spread(scores, kept) for kept in choices])
+        errors = relative_error(variance, squares).max().double() * (spreads / spread(scores, trial)).sqrt()
+        # Not `>`: where there is nothing to estimate, or NaN, the trial says nothing. The one time that a device is waited for.
+        fits = (errors <= self.tolerance).tolist()
+        self.kept = choices[fits.index(True)] if True in fits else self.vocabulary
+        if self.kept == trial:
+            if chunk.variance is not None:
+                chunk.variance.add_(variance)
+            return True
+        if chunk.d_weight is not None:
+            chunk.d_weight.index_fill_(0, columns, 0.0)  # this is the first chunk: nothing else was there
+        return False
+
+
+def relative_error(variance, squares):
+    """Of estimated gradients (2,), by the predicted squared error and their own squares, which exceed the truth's by it in expectation."""
+    return (variance / (squares - variance).clamp(min=torch.finfo(squares.dtype).tiny)).sqrt()
+
+
+class Library:
+    """The kernels by torch's operations, for dz (n, V) with a token to a row; kept columns are (n, K) at the beginning of their memory."""
+
+    def __init__(self, products: Products, weight, dtype: torch.dtype, dz=None, scale=None):
+        self.products, self.weight = products, weight
+        self.dtype = dtype  # of dz in products
+        self.dz = dz  # (n, V) of the chunk at hand; None: there are kept columns only
+        self.scale = scale  # () of `dz` and of the gradients, which the caller divides by it; kept columns have none
+
+    def gather(self, columns, weights, out):
+        if self.scale is not None:
+            weights = weights / self.scale
+        kept = out[: len(self.dz) * len(columns)].view(len(self.dz), -1)
+        torch.mul(self.dz.index_select(1, columns), weights, out=kept)
+
+    def multiply(self, chunk, dz, columns, squares):
+        rows = self.weight.index_select(0, columns)
+        dz = dz.view(-1)[: len(chunk.student_hidden) * len(columns)].view(-1, len(columns))
+        if self.scale is not None:
+            dz = dz * self.scale
+        dz = dz.to(self.dtype)
+        if chunk.d_hidden is not None:
+            self.products.d_hidden(dz, rows, chunk.d_hidden)
+        if squares is not None:
+            squares[0] = rows.to(squares.dtype).square().sum(1)
+        if chunk.d_weight is not None:
+            made = chunk.d_weight.new_empty(rows.shape)
+            self.products.d_weight(dz, chunk.student_hidden, made, first=True)
+            chunk.d_weight.index_add_(0, columns, made)
+            if squares is not None:
+                squares[1] = made.square().sum(1)
+
+    def multiply_scaled(self, chunk, upstream):
+        """`multiply` of what the chunk has kept, each token's times its upstream (n,)."""
+        tokens, kept = len(upstream), len(chunk.kept_columns)
+        self.multiply(chunk, chunk.kept_dz[: tokens * kept].view(tokens, kept) * upstream[:, None], chunk.kept_columns, None)
+
+    def exact(self, chunk):
+        if chunk.d_hidden is not None:
+            self.products.d_hidden(self.dz, self.weight, chunk.d_hidden)
+        if chunk.d_weight is not None:
+            self.products.d_weight(self.dz, chunk.student_hidden, chunk.d_weight, chunk.first)
