@@ -34,6 +34,7 @@ class Sampler:
 
     def __init__(self, problem: Problem, tensors: Tensors, plan):
         self.kept, self.tolerance, self.vocabulary = problem.kept_columns, problem.gradient_tolerance, problem.vocabulary
+        self.exact = False  # no fraction was good enough for the tolerance
         self.space = None
         if self.kept:
             device = tensors.student_hidden.device
@@ -45,7 +46,7 @@ class Sampler:
         """d_hidden ← and d_weight += of a chunk, or, if they are made in backward, what that needs. scores (V,): norms of dz's columns."""
         if self.tolerance and chunk.first and self._tried(chunk, scores, kernels):
             return
-        if self.kept == self.vocabulary:
+        if self.exact:
             kernels.exact(chunk)
         else:
             self._sample(chunk, scores, kernels, self.kept, chunk.variance)
@@ -71,7 +72,7 @@ class Sampler:
         return columns, squares[1].sum()
 
     def _tried(self, chunk, scores, kernels) -> bool:
-        """Settles the columns to keep for the tolerance: all, if no fraction is good enough. Whether the trial served as the chunk's."""
+        """Settles how many columns to keep for the tolerance, or `exact`. Returns whether the trial will do for the first chunk."""
         trial = kept_columns(self.vocabulary, TRIAL_FRACTION)
         variance = scores.new_zeros(2)
         columns, made = self._sample(chunk, scores, kernels, trial, variance)
@@ -81,8 +82,9 @@ class Sampler:
         errors = relative_error(variance, squares).max().double() * (spreads / spread(scores, trial)).sqrt()
         # Not `>`: where there is nothing to estimate, or NaN, the trial says nothing. The one time that a device is waited for.
         fits = (errors <= self.tolerance).tolist()
-        self.kept = choices[fits.index(True)] if True in fits else self.vocabulary
-        if self.kept == trial:
+        self.exact = True not in fits
+        self.kept = trial if self.exact else choices[fits.index(True)]
+        if self.kept == trial and not self.exact:
             if chunk.variance is not None:
                 chunk.variance.add_(variance)
             return True

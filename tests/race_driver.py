@@ -37,7 +37,7 @@ def aligned(*shape):
 
 
 def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, threads):
-    """Everything that run_chunk writes for one random chunk."""
+    """Everything that run_chunk writes for one random chunk; with gradients of all columns, and with those of a few."""
     tokens, vocabulary, *dims = shape
     stride = -(-tokens // extension.token_alignment) * extension.token_alignment
     generator = np.random.default_rng(0)
@@ -68,6 +68,9 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
         written["stats"] = aligned(tokens, 6)
     if gradients:
         written |= {"d_hidden": aligned(tokens, dims[0]), "d_weight": aligned(vocabulary, dims[0]), "d_bias": aligned(vocabulary)}
+    kept = max(1, vocabulary // 3) if gradients else 0
+    columns, weights = np.arange(kept) * 2, aligned(kept)
+    weights[:] = 1.5
     arguments = {
         "tokens": tokens,
         "stride": stride,
@@ -78,6 +81,8 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
         "coefficients": address(generator.random((tokens, 3), dtype=np.float32)),
         **{name: address(written[name]) if name in written else 0 for name in ("terms", "stats", "d_hidden", "d_weight", "d_bias")},
         "first": True,
+        "scores": 0,
+        "kept": (0, 0, 0, 0, 0),
         "divergence": extension.divergences.index(divergence),
         "parameters": (),
         "temperature": 2.0,
@@ -86,8 +91,23 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
         "tail_log_probability": -9.2,
         "untempered": True,
     }
-    scratch = aligned(extension.chunk_scratch_floats(arguments, threads, isa))
-    extension.run_chunk(arguments, scratch.ctypes.data, threads, isa)
+
+    def run(arguments, *stages):
+        scratch = aligned(extension.chunk_scratch_floats(arguments, threads, isa))
+        for stage in stages:
+            extension.run_chunk(arguments, scratch.ctypes.data, threads, isa, stage)
+
+    run(arguments, extension.Stage.whole)
+    if not gradients:
+        return written
+    sampled = {name: array.copy() for name, array in written.items()}
+    written |= {f"sampled_{name}": array for name, array in sampled.items()}
+    sampled["d_weight"][:] = 0.0
+    sampled["scores"] = written["scores"] = aligned(vocabulary)
+    written["squares"] = aligned(2, kept)
+    lists = address(columns), address(weights), address(aligned(kept, stride)), address(written["squares"])
+    addresses = {name: address(array) for name, array in sampled.items()}
+    run(arguments | addresses | {"kept": (kept, *lists)}, *(getattr(extension.Stage, name) for name in ("scores", "gather", "multiply")))
     return written
 
 

@@ -11,6 +11,7 @@ from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, mak
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import chunked, columns, distillation_loss, distillation_loss_and_stats, plan, reference, sampling
+from distill_kernels.backends import native
 from distill_kernels.columns import UNIT, draw, inclusion, kept_columns, philox
 from distill_kernels.plan import MIB
 from distill_kernels.problem import Problem
@@ -256,6 +257,21 @@ def test_gradients_are_those_of_the_drawn_columns(small, draws, backend, dtype):
         assert got[name].dtype == dtype
         assert relative(got[name], want[name]) <= {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert set(got["d_student_weight"].any(1).nonzero().flatten().tolist()) <= set(draws[0][0].tolist())
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_kernels_of_every_instruction_set_go_over_the_drawn_columns(small, draws, monkeypatch, dtype, reduction, isa):
+    """Several chunks, blocks of columns and groups of blocks, all of them ragged."""
+    monkeypatch.setattr(native, "INSTRUCTION_SET", isa)
+    tokens, vocabulary = 211, 10100
+    inputs = make_inputs("moderate", tokens, vocabulary, 70, 24, dtype=dtype)
+    upstream = make_token_weight(tokens) if reduction == "none" else 1.0
+    got = sampled(inputs, "native", upstream, reduction=reduction, fraction=0.1)
+    want = from_draws(inputs, draws, upstream, reduction="sum")
+    bound = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert all(relative(got[name], want[name]) <= bound for name in GRADIENTS)
 
 
 @on_cpu

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from distill_kernels import distillation_loss
+from distill_kernels import columns, distillation_loss
 from distill_kernels.backends import native
 
 if native._native is None:
@@ -65,6 +65,7 @@ class Call(NamedTuple):
     ignore_index: int
     token_weight: bool
     chunk_tokens: int
+    sampled: bool  # gradients by way of sampled columns: here of all, so that they have to be exact
     seed: int
     options: dict
 
@@ -96,6 +97,8 @@ class Call(NamedTuple):
             vector = arguments[name]
             apart = torch.stack([torch.full_like(vector, math.nan if vector.is_floating_point() else -1), vector], -1)[:, 1]
             arguments[name] = apart if "bias" in name else apart.reshape(self.batch)
+        if self.sampled:
+            arguments["column_fraction"] = 1.0
         loss = distillation_loss(*(window.view(matrix) for window, matrix in zip(self.windows, matrices, strict=True)), **arguments)
         return loss.flatten() if arguments["reduction"] == "none" else loss
 
@@ -149,6 +152,7 @@ def calls(draw, tokens=TOKENS, vocabularies=VOCABULARIES):
         ignore_index=draw(st.sampled_from([-100, 0])),
         token_weight=draw(st.booleans()),
         chunk_tokens=draw(st.sampled_from([16, 48, native.CHUNK_TOKENS])),
+        sampled=draw(st.sampled_from([False, False, True])),
         seed=draw(st.integers(0, 2**20)),
         options=options,
     )
@@ -164,6 +168,8 @@ def forced(isa, call):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "INSTRUCTION_SET", isa)
         patch.setattr(native, "CHUNK_TOKENS", call.chunk_tokens)  # so that few tokens are several chunks
+        patch.setattr(columns, "LEAST_VOCABULARY", 1)
+        patch.setattr(columns, "MOST_FRACTION", 1.0)
         yield patch
 
 

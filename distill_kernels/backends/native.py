@@ -156,14 +156,15 @@ class Call:
         }
         if teacher is not None:
             arguments["teacher"] = model("teacher", teacher)
-        return Kernels(self, arguments)
+        return Kernels(self, arguments, (chunk, student, teacher, scores))
 
 
 class Kernels:
     """A chunk's kernels; those that `sampling` asks for, too."""
 
-    def __init__(self, call: Call, arguments: dict):
+    def __init__(self, call: Call, arguments: dict, tensors):
         self.call, self.arguments, self.stride = call, arguments, arguments["stride"]
+        self.tensors = tensors  # whose addresses the arguments have: some are copies that nobody else holds
 
     def run(self, stage, kept=None):
         arguments = self.arguments if kept is None else self.arguments | {"kept": kept}
