@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/chunk.h"
+#include "cpu/draw.h"
 #include "generated/divergence_list.h"
 #include "params.h"
 
@@ -81,6 +82,12 @@ int64_t chunk_scratch_floats(const py::dict& from, int threads, const std::strin
   return floats;
 }
 
+void draw_columns(uintptr_t scores, int64_t vocabulary, int64_t kept, int64_t uniform, uintptr_t units, uintptr_t columns, uintptr_t weights) {
+  py::gil_scoped_release unlocked;
+  dk::draw_columns(reinterpret_cast<const float*>(scores), vocabulary, kept, uniform, reinterpret_cast<int64_t*>(units),
+                   reinterpret_cast<int64_t*>(columns), reinterpret_cast<float*>(weights));
+}
+
 void math_function(char which, uintptr_t in, uintptr_t out, int64_t count, const std::string& instruction_set) {
   if (!dk::run_math_function(which, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count, name_or_null(instruction_set)))
     unknown_instruction_set(instruction_set);
@@ -117,6 +124,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"),
         py::arg("stage") = dk::Stage::kWhole);
   m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));
+  m.def("draw_columns", &draw_columns, py::arg("scores"), py::arg("vocabulary"), py::arg("kept"), py::arg("uniform"), py::arg("units"),
+        py::arg("columns"), py::arg("weights"));
   m.def("math_function", &math_function, py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
   m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("c"), py::arg("rows"), py::arg("depth"), py::arg("instruction_set"));
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("count"), py::arg("instruction_set"));

@@ -76,7 +76,7 @@ def _threshold(scores, kept):
     """t with Σ min(1, c/t) = `kept`, as a tensor (): the columns above it are the k largest for the first k where the next is below."""
     if scores.is_cuda:  # a loop would wait for the device at every turn
         ordered = scores.sort(descending=True).values
-        rest = ordered.flip(0).cumsum(0).flip(0)  # from the k-th on; the smallest first, which a difference of sums would lose
+        rest = _running_sum(ordered.flip(0)).flip(0)  # from the k-th on; the smallest first, which a difference of sums would lose
         count = torch.arange(len(ordered), device=scores.device)
         candidates = rest / (kept - count).clamp(min=1)
         fits = (ordered <= candidates) & (count < kept)
@@ -90,6 +90,15 @@ def _threshold(scores, kept):
             return threshold.clamp(min=torch.finfo(scores.dtype).tiny)
         sure = count
         threshold = torch.where(above, 0.0, scores).sum() / (kept - sure)
+
+
+def _running_sum(values, width=512):
+    """Of values (n,) float64, by products with triangles of ones: torch's own has no fixed order of summation on a GPU."""
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % width)).view(-1, width)
+    upto = torch.ones(width, width, dtype=values.dtype, device=values.device).triu()
+    inside = blocks @ upto
+    before = inside[:, -1] @ torch.ones(len(blocks), len(blocks), dtype=values.dtype, device=values.device).triu(1)
+    return (inside + before[:, None]).view(-1)[: len(values)]
 
 
 def spread(scores: torch.Tensor, kept: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 A backend makes dz's column norms and hands over kernels with
 
+    draw(scores, kept, uniform)              as `columns.draw`
     gather(columns, weights, out)            out ← those columns of the chunk's dz, each times its weight, as its `multiply` wants them
     multiply(chunk, dz, columns, squares)    d_hidden ← and d_weight += of such columns; squares (2, K) ← ‖·‖² of each column's row of
                                              the head and of what is added to its row of d_weight, or None
@@ -53,7 +54,7 @@ class Sampler:
 
     def _sample(self, chunk, scores, kernels, kept, variance):
         """(columns drawn, ‖·‖² of what was added to d_weight or 0); adds to `variance` (2,), if there is one."""
-        columns, weights = draw(scores, kept, self.uniforms[chunk.index])
+        columns, weights = kernels.draw(scores, kept, self.uniforms[chunk.index])
         dz = chunk.kept_dz if self.space is None else self.space
         kernels.gather(columns, weights, dz)
         if self.space is None:
@@ -105,6 +106,7 @@ class Library:
         self.products, self.weight = products, weight
         self.dtype = dtype  # of dz in products
         self.dz = dz  # (n, V) of the chunk at hand; None: there are kept columns only
+        self.draw = draw
         self.scale = scale  # () of `dz` and of the gradients, which the caller divides by it; kept columns have none
 
     def gather(self, columns, weights, out):

@@ -84,7 +84,7 @@ class OnDevice(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
-thresholds = pytest.mark.parametrize("kind", [torch.Tensor, OnDevice], ids=["loop", "sort"])
+thresholds = pytest.mark.parametrize("kind", [torch.Tensor, OnDevice, "native"], ids=["loop", "sort", "native"])
 
 
 def _scores():
@@ -120,7 +120,16 @@ def bisected(scores, kept):
 
 
 def units_of(scores, kept, kind=torch.Tensor):
-    return inclusion(scores.as_subclass(kind), kept).as_subclass(torch.Tensor)
+    if kind != "native":
+        return inclusion(scores.as_subclass(kind), kept).as_subclass(torch.Tensor)
+    units, columns, weights = torch.empty(len(scores), dtype=torch.int64), torch.empty(kept, dtype=torch.int64), torch.empty(kept)
+    scores = scores.float()
+    native._native.draw_columns(*(scores.data_ptr(), len(scores), kept, 0), *(t.data_ptr() for t in (units, columns, weights)))
+    return units
+
+
+def draws_of(scores, kept, uniform, kind):
+    return native.Kernels.draw(scores.float(), kept, uniform) if kind == "native" else draw(scores.as_subclass(kind), kept, uniform)
 
 
 @thresholds
@@ -151,7 +160,7 @@ def test_a_column_that_is_almost_sure_is_not_more_than_sure(columns_, kind):
     scores = torch.full((columns_,), 1.0000001 / (columns_ - 1), dtype=torch.float64)
     scores[0] = 1.0
     assert int(units_of(scores, 2, kind).max()) <= UNIT
-    assert len(set(draw(scores.as_subclass(kind), 2, torch.tensor(0))[0].tolist())) == 2
+    assert len(set(draws_of(scores, 2, torch.tensor(0), kind)[0].tolist())) == 2
 
 
 @thresholds
@@ -162,13 +171,16 @@ def test_columns_of_next_to_no_score_keep_a_positive_probability(kind):
     assert int(units_of(scores, 4, kind).min()) > 0
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor, "native"], ids=["loop", "native"])
 @scores_and_kept
 @named_scores
-def test_draws_distinct_ascending_columns_and_the_sure_ones_always(name, kept):
+def test_draws_distinct_ascending_columns_and_the_sure_ones_always(name, kept, kind):
     scores = SCORES[name]
-    units = inclusion(scores, kept)
+    units = units_of(scores, kept, kind)
     for uniform in (0, 1, UNIT // 3, UNIT - 1):
-        drawn, weights = draw(scores, kept, torch.tensor(uniform))
+        drawn, weights = draws_of(scores, kept, torch.tensor(uniform), kind)
+        if kind == "native":  # the same as the other's, but for what the order of summation does to a probability's last unit
+            assert torch.equal(drawn, draw(scores, kept, torch.tensor(uniform))[0])
         assert drawn.shape == weights.shape == (kept,) and drawn.dtype == torch.int64 and weights.dtype == torch.float32
         assert (drawn.diff() > 0).all() and drawn[0] >= 0 and drawn[-1] < len(scores)
         assert torch.isin((units == UNIT).nonzero().flatten(), drawn).all()
@@ -190,11 +202,12 @@ def test_columns_are_drawn_as_often_as_they_should(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", [slice(7, 8), slice(None)], ids=["one", "all"])
-def test_scores_that_are_not_finite_draw_columns_that_exist(bad, where):
+@thresholds
+def test_scores_that_are_not_finite_draw_columns_that_exist(bad, where, kind):
     """Nothing sensible can be drawn; but an index out of range would bring a GPU's whole process down."""
     scores = SCORES["uniform"].clone()
     scores[where] = bad
-    drawn, _ = draw(scores, 40, torch.tensor(12345))
+    drawn, _ = (x.as_subclass(torch.Tensor) for x in draws_of(scores, 40, torch.tensor(12345), kind))
     assert drawn.shape == (40,) and drawn.min() >= 0 and drawn.max() < len(scores)
 
 
@@ -215,16 +228,20 @@ def draws(monkeypatch):
     """(columns, weights, uniform, scores, tokens) of every chunk."""
     recorded = []
 
-    def record(scores, kept, uniform, draw=sampling.draw):
-        drawn, weights = draw(scores, kept, uniform)
-        recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
-        return drawn, weights
+    def recording(draw):
+        def record(scores, kept, uniform):
+            drawn, weights = draw(scores, kept, uniform)
+            recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
+            return drawn, weights
+
+        return record
 
     def count(self, chunk, *args, gradients=sampling.Sampler.gradients):
         gradients(self, chunk, *args)
         recorded[-1].append(chunk.terms.shape[0])
 
-    monkeypatch.setattr(sampling, "draw", record)
+    monkeypatch.setattr(sampling, "draw", recording(sampling.draw))
+    monkeypatch.setattr(native.Kernels, "draw", staticmethod(recording(native.Kernels.draw)))
     monkeypatch.setattr(sampling.Sampler, "gradients", count)
     return recorded
 

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from accuracy import Inputs, everything, make_inputs, with_gradients
+from accuracy import BACKENDS, Inputs, everything, make_inputs, with_gradients
 
 from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, divergences, sampling
+from distill_kernels.backends import native
 
 TOKENS, VOCABULARY = 12, 400
 SEEDS = 600
 GRADIENTS = ("d_student_hidden", "d_student_weight")
+both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture
@@ -19,12 +21,12 @@ def small(monkeypatch):
     monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
 
 
-def deviations(inputs, fraction, **options):
+def deviations(inputs, fraction, backend="torch", **options):
     """For both gradients: the exact one, and over SEEDS seeds the mean and the standard error of the sampled one, entry by entry."""
-    exact = with_gradients(distillation_loss, inputs, 1.0, backend="torch", **options)
+    exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend, **options)
     sums = {name: [torch.zeros_like(exact[name], dtype=torch.float64) for _ in range(2)] for name in GRADIENTS}
     for seed in range(SEEDS):
-        got = with_gradients(distillation_loss, inputs, 1.0, backend="torch", column_fraction=fraction, seed=seed, **options)
+        got = with_gradients(distillation_loss, inputs, 1.0, backend=backend, column_fraction=fraction, seed=seed, **options)
         for name in GRADIENTS:
             off = got[name].double() - exact[name].double()
             sums[name][0] += off
@@ -61,9 +63,10 @@ CASES = {
 }
 
 
+@both
 @pytest.mark.parametrize("family, options", CASES.values(), ids=CASES.keys())
-def test_mean_over_seeds_is_the_exact_gradient(small, family, options):
-    assert_unbiased(make_inputs(family, TOKENS, VOCABULARY, 16, 24), **options)
+def test_mean_over_seeds_is_the_exact_gradient(small, family, options, backend):
+    assert_unbiased(make_inputs(family, TOKENS, VOCABULARY, 16, 24), backend=backend, **options)
 
 
 def test_mean_over_seeds_is_the_exact_gradient_near_the_teacher(small):
@@ -92,16 +95,18 @@ def five_percent_high(scores, kept, uniform):
     return drawn, torch.where(weights > 1, 1.05 * weights, weights)
 
 
+@both
 @pytest.mark.parametrize("biased", [unweighted, five_percent_high])
-def test_biased_estimate_is_found_out(small, monkeypatch, biased):
+def test_biased_estimate_is_found_out(small, monkeypatch, biased, backend):
     monkeypatch.setattr(sampling, "draw", biased)
+    monkeypatch.setattr(native.Kernels, "draw", staticmethod(biased))
     with pytest.raises(AssertionError, match="standard errors"):
-        assert_unbiased(make_inputs("flat", TOKENS, VOCABULARY, 16, 24), temperature=4.0)
+        assert_unbiased(make_inputs("flat", TOKENS, VOCABULARY, 16, 24), backend=backend, temperature=4.0)
 
 
-def observed_and_predicted(inputs, seeds, **options):
+def observed_and_predicted(inputs, seeds, backend="torch", **options):
     """Relative errors (2,) of d_hidden and d_weight: root mean square over seeds, and as the stats predict them."""
-    exact = with_gradients(distillation_loss, inputs, 1.0, backend="torch")
+    exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend)
     observed, predicted = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
 
     def call(*args, **kwargs):
@@ -110,29 +115,31 @@ def observed_and_predicted(inputs, seeds, **options):
         return loss
 
     for seed in range(seeds):
-        got = with_gradients(call, inputs, 1.0, backend="torch", seed=seed, **options)
+        got = with_gradients(call, inputs, 1.0, backend=backend, seed=seed, **options)
         observed += torch.tensor([((got[n] - exact[n]).norm() / exact[n].norm()).item() for n in GRADIENTS], dtype=torch.float64).square()
     return (observed / seeds).sqrt(), (predicted / seeds).sqrt()
 
 
+@both
 @pytest.mark.parametrize("fraction", [0.04, 0.16])
 @pytest.mark.parametrize("family", ["moderate", "realistic"])
-def test_error_is_the_predicted_one(family, fraction):
-    observed, predicted = observed_and_predicted(make_inputs(family, 48, 5000, 64, 64), 40, column_fraction=fraction)
+def test_error_is_the_predicted_one(family, fraction, backend):
+    observed, predicted = observed_and_predicted(make_inputs(family, 48, 5000, 64, 96), 40, backend, column_fraction=fraction)
     torch.testing.assert_close(observed, predicted, rtol=0.1, atol=0)
 
 
+@both
 @pytest.mark.parametrize("tolerance", [0.5, 0.2, 0.05])
-def test_fraction_is_the_smallest_within_the_tolerance(tolerance):
+def test_fraction_is_the_smallest_within_the_tolerance(tolerance, backend):
     inputs = make_inputs("moderate", 48, 5000, 64, 64)
-    errors = {f: observed_and_predicted(inputs, 10, column_fraction=f)[0].max().item() for f in columns.FRACTIONS}
+    errors = {f: observed_and_predicted(inputs, 10, backend, column_fraction=f)[0].max().item() for f in columns.FRACTIONS}
     fitting = [fraction for fraction, error in errors.items() if error <= tolerance]
-    observed, _ = observed_and_predicted(inputs, 3, column_fraction="auto", gradient_tolerance=tolerance) if fitting else (None, None)
     if fitting:
+        observed, _ = observed_and_predicted(inputs, 3, backend, column_fraction="auto", gradient_tolerance=tolerance)
         assert observed.max() == pytest.approx(errors[fitting[0]], rel=0.15)
     else:  # no fraction is good enough: the exact products run
         got, exact = (
-            with_gradients(distillation_loss, inputs, 1.0, backend="torch", **options)
+            with_gradients(distillation_loss, inputs, 1.0, backend=backend, **options)
             for options in ({"column_fraction": "auto", "gradient_tolerance": tolerance}, {})
         )
         for name in GRADIENTS:

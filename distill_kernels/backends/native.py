@@ -170,6 +170,14 @@ class Kernels:
         arguments = self.arguments if kept is None else self.arguments | {"kept": kept}
         _native.run_chunk(arguments, self.call.scratch.data_ptr(), self.call.threads, INSTRUCTION_SET, stage)
 
+    @staticmethod
+    def draw(scores, kept, uniform):
+        units, columns = torch.empty(len(scores), dtype=torch.int64), torch.empty(kept, dtype=torch.int64)
+        weights = torch.empty(kept, dtype=torch.float32)
+        addresses = (tensor.data_ptr() for tensor in (units, columns, weights))
+        _native.draw_columns(scores.data_ptr(), len(scores), kept, int(uniform), *addresses)
+        return columns, weights
+
     def gather(self, columns, weights, out):
         self.run(_native.Stage.gather, (len(columns), columns.data_ptr(), weights.data_ptr(), out.data_ptr(), 0))
 
