@@ -11,8 +11,8 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512bf16"]
-SOURCES = ["bindings", "cpu/chunk", "cpu/draw", "cpu/parallel", *(f"cpu/chunk_{name}" for name in INSTRUCTION_SETS)]
+SOURCES = ["bindings", "cpu/chunk", "cpu/draw", "cpu/parallel"]
+SOURCES += ["cpu/chunk_baseline", "cpu/chunk_avx2", "cpu/chunk_avx512", "cpu/chunk_avx512bf16"]
 
 # math-errno: sqrt and friends need not set errno, which would keep them scalar.
 native = Pybind11Extension(
