@@ -8,6 +8,7 @@ teacher along the run is what is compared: a fraction is good enough where its c
 """
 
 import copy
+import functools
 import statistics
 import time
 
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import record
 from distill_kernels.api import demo, demo_models, demo_text
+from distill_kernels.api.models import run_backbone
 
 FRACTIONS = (None, 0.04, 0.08, 0.16)
 SEEDS = (0, 1, 2)
@@ -24,12 +26,16 @@ EVALUATE_AT = (10, 20, 40, STEPS)
 HELD_OUT = 16  # windows
 
 
+def optimizer_of(student):
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * (0.1 + 0.9 * (1 - step / STEPS)))
+
+
 def run(student, text, held_out, order, seed, fraction):
     """(step, held-out quantities, median seconds of a step so far) along a run."""
     torch.manual_seed(seed)
     student = copy.deepcopy(student).requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * (0.1 + 0.9 * (1 - step / STEPS)))
+    optimizer, schedule = optimizer_of(student)
     times, begin = [], time.perf_counter()
     steps = demo.train(student.train(), [text.batch(rows) for rows in order], optimizer, schedule, column_fraction=fraction)
     for step, _ in enumerate(steps, start=1):
@@ -40,18 +46,40 @@ def run(student, text, held_out, order, seed, fraction):
         begin = time.perf_counter()
 
 
-def main():
+def prepare(seeds):
+    """The student before training; the text that the runs of all seeds read, and some held out, each with the teacher's states of it; for
+    each seed the rows of the text that its steps read."""
     teacher, tokenizer = demo_models.load("--teacher", demo_models.default_teacher())
     teacher.requires_grad_(False)
     student = demo_models.cut_student(teacher, demo_models.DEFAULT_LAYERS)
     documents = demo_text.read_documents(None, 0)
     train, held_out = (demo_text.windows(part, tokenizer, LENGTH) for part in (documents.train, documents.held_out))
-    orders = {seed: demo_text.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in SEEDS}
-    used, places = torch.cat(list(orders.values())).unique(return_inverse=True)
-    text = demo.read(teacher, train[used], BATCH)
-    held_out = demo.read(teacher, held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]], BATCH)
+    orders = [demo_text.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in seeds]
+    used, places = torch.cat(orders).unique(return_inverse=True)
+    some = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
+    return student, demo.read(teacher, train[used], BATCH), demo.read(teacher, some, BATCH), places.chunk(len(seeds))
+
+
+@functools.cache
+def trained_pair():
+    """Flat hidden states (HELD_OUT · LENGTH, D) of held-out text, and head, of the student after one run with exact gradients, and of the
+    teacher."""
+    student, text, held_out, (order,) = prepare(SEEDS[:1])
+    torch.manual_seed(0)
+    student.requires_grad_(True).train()
+    optimizer, schedule = optimizer_of(student)
+    for _ in demo.train(student, [text.batch(rows) for rows in order], optimizer, schedule):
+        pass
+    with torch.no_grad():
+        learned = [run_backbone(student.eval(), input_ids=ids) for ids in held_out.input_ids.split(BATCH)]
+    pair = torch.cat([x.hidden for x in learned]), learned[0].weight, held_out.teacher.hidden, held_out.teacher.weight
+    return [tensor.detach().flatten(0, -2) for tensor in pair]
+
+
+def main():
+    student, text, held_out, orders = prepare(SEEDS)
     rows = []
-    for seed, order in zip(SEEDS, places.chunk(len(SEEDS)), strict=True):
+    for seed, order in zip(SEEDS, orders, strict=True):
         for fraction in FRACTIONS:
             for step, quality, seconds in run(student, text, held_out, order, seed, fraction):
                 rows.append({"column_fraction": fraction or "exact", "seed": seed, "step": step, **quality, "seconds_per_step": seconds})

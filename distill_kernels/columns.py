@@ -17,7 +17,9 @@ From π on everything is integer arithmetic, in units of 2⁻³²: exact, so in 
 import torch
 
 UNIT = 2**32
-# Below this many columns, or above this share of them, the products saved are worth less than scoring, drawing and gathering.
+# Below this many tokens or columns, or above this share of them, the products saved are worth less than scoring, drawing and gathering
+# (benchmarks/results/columns_break_even.csv).
+LEAST_TOKENS = 64
 LEAST_VOCABULARY = 4096
 MOST_FRACTION = 0.5
 _MASK = 0xFFFFFFFF

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels.columns import kept_columns
+from distill_kernels import columns
 from distill_kernels.divergences import Divergence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,7 +81,8 @@ class Problem:
     @property
     def kept_columns(self) -> int:
         """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance); 0: the exact products run."""
-        return kept_columns(self.vocabulary, self.column_fraction) if self.d_hidden or self.d_weight else 0
+        pays = self.tokens >= columns.LEAST_TOKENS and (self.d_hidden or self.d_weight)
+        return columns.kept_columns(self.vocabulary, self.column_fraction) if pays else 0
 
 
     @property

@@ -28,6 +28,7 @@ GRADIENTS = ("d_student_hidden", "d_student_weight")
 @pytest.fixture
 def small(monkeypatch):
     """Sampling from 64 columns on."""
+    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
     monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
 
 
@@ -359,13 +360,17 @@ def test_a_frozen_side_leaves_the_other_gradient_as_it_is(small, backend, name):
 
 @on_cpu
 def test_where_sampling_does_not_pay_everything_is_exact(backend):
-    for vocabulary, fraction in ((columns.LEAST_VOCABULARY - 1, FRACTION), (columns.LEAST_VOCABULARY, 0.51)):
-        inputs = make_inputs("moderate", TOKENS, vocabulary, 8, 8)
+    least, most = columns.LEAST_VOCABULARY, columns.LEAST_TOKENS
+    for tokens, vocabulary, fraction in ((most, least - 1, FRACTION), (most, least, 0.51), (most - 1, least, FRACTION)):
+        inputs = make_inputs("moderate", tokens, vocabulary, 8, 8)
         assert_same(sampled(inputs, backend, fraction=fraction), sampled(inputs, backend, fraction=None))
         inputs.student_hidden.requires_grad_()
         assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=fraction)[1].gradient_error is None
-    assert kept_columns(columns.LEAST_VOCABULARY, 0.5) == columns.LEAST_VOCABULARY // 2
+    assert kept_columns(least, 0.5) == least // 2
     assert distillation_loss_and_stats(*inputs[:4], backend=backend)[1].gradient_error is None
+    inputs = make_inputs("moderate", most, least, 8, 8)
+    inputs.student_hidden.requires_grad_()
+    assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=0.5)[1].gradient_error is not None
 
 
 @on_all

@@ -18,6 +18,7 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.fixture
 def small(monkeypatch):
     """Sampling at a vocabulary where hundreds of calls take a second."""
+    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
     monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
 
 
@@ -124,14 +125,14 @@ def observed_and_predicted(inputs, seeds, backend="torch", **options):
 @pytest.mark.parametrize("fraction", [0.04, 0.16])
 @pytest.mark.parametrize("family", ["moderate", "realistic"])
 def test_error_is_the_predicted_one(family, fraction, backend):
-    observed, predicted = observed_and_predicted(make_inputs(family, 48, 5000, 64, 96), 40, backend, column_fraction=fraction)
+    observed, predicted = observed_and_predicted(make_inputs(family, 64, 5000, 64, 96), 40, backend, column_fraction=fraction)
     torch.testing.assert_close(observed, predicted, rtol=0.1, atol=0)
 
 
 @both
 @pytest.mark.parametrize("tolerance", [0.5, 0.2, 0.05])
 def test_fraction_is_the_smallest_within_the_tolerance(tolerance, backend):
-    inputs = make_inputs("moderate", 48, 5000, 64, 64)
+    inputs = make_inputs("moderate", 64, 5000, 64, 64)
     errors = {f: observed_and_predicted(inputs, 10, backend, column_fraction=f)[0].max().item() for f in columns.FRACTIONS}
     fitting = [fraction for fraction, error in errors.items() if error <= tolerance]
     if fitting:

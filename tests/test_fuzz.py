@@ -168,6 +168,7 @@ def forced(isa, call):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "INSTRUCTION_SET", isa)
         patch.setattr(native, "CHUNK_TOKENS", call.chunk_tokens)  # so that few tokens are several chunks
+        patch.setattr(columns, "LEAST_TOKENS", 1)
         patch.setattr(columns, "LEAST_VOCABULARY", 1)
         patch.setattr(columns, "MOST_FRACTION", 1.0)
         yield patch
