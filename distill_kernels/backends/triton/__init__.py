@@ -64,9 +64,9 @@ def schedule(problem: Problem) -> Schedule:
     token_bytes += problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     if keeps:
         token_bytes += problem.vocabulary * _dz_bytes(problem)
+        fixed_bytes += panel_bytes(problem)
         if not multiplies_wide(problem.device):
             token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
-            fixed_bytes += panel_bytes(problem)
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
