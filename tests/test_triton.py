@@ -19,8 +19,19 @@ from accuracy import (
     make_token_weight,
     with_gradients,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
+from distill_kernels import (
+    backends,
+    columns,
+    distillation_loss,
+    distillation_loss_and_stats,
+    divergences,
+    plan,
+    products,
+    reference,
+    token_logprobs,
+)
 from distill_kernels.backends import triton as backend
 from distill_kernels.problem import Problem
 
@@ -254,6 +265,113 @@ def test_graph_being_captured_gets_the_same_result_without_compaction(monkeypatc
         for name in compacted:
             value = whole[name].sum() if name == "loss" else whole[name]
             torch.testing.assert_close(value, compacted[name], rtol=1e-5, atol=1e-6 * compacted[name].abs().max().item())
+
+
+CAPTURED = {
+    "everything": everything(TOKENS, VOCABULARY) | {"num_items": None},
+    "sampled": {"column_fraction": 0.08, "seed": 3},
+    "masked and sampled": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.08, "seed": 3},
+}
+captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
+
+
+@pytest.fixture
+def few_columns(monkeypatch):
+    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what on a GPU waits for a result: a number of a tensor's, or how many of its elements are true."""
+
+    WAITING = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name == "index" and any(index is not None and index.dtype is torch.bool for index in args[1])
+        assert name not in self.WAITING and not masks, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class OnDevice(torch.Tensor):
+    """Of a CPU tensor that says it is a GPU's."""
+
+    is_cuda = property(lambda self: True)
+
+
+@captured
+@DTYPES
+def test_graph_being_captured_waits_for_nothing(options, dtype, few_columns, monkeypatch):
+    ran = []
+
+    def run(problem, tensors):
+        with NothingIsRead():
+            ran.append(kernel(problem, tensors))
+        return ran[-1]
+
+    kernel, draw = backend.run, products.draw
+    monkeypatch.setattr(backend, "run", run)
+    monkeypatch.setattr(products, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
+    monkeypatch.setattr(backend, "_captures", lambda device: True)
+    inputs = make_inputs("moderate", dtype=dtype, bias=True).to(DEVICE)
+    with_gradients(distillation_loss, inputs, 1.7, backend="triton", **_there(options))
+    assert len(ran) == 1
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
+@captured
+@DTYPES
+def test_cuda_graph_replays_what_calls_give(options, dtype, few_columns, monkeypatch):
+    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
+    leaves, teacher = [x.requires_grad_() for x in inputs[:2]], inputs[2:4]
+    options = _there(options)
+
+    def step():
+        loss = distillation_loss(*leaves, *teacher, backend="triton", **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 1.7))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), monkeypatch.context() as patched:
+        patched.setattr(backend, "_captures", lambda device: True)
+        step()  # compiles, which a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for seed in range(3):
+        with torch.no_grad():
+            for there, other in zip(inputs[:4], make_inputs("realistic", dtype=dtype, seed=seed)[:4], strict=True):
+                there.copy_(other)
+        if "labels" in options:  # other tokens are masked, in the end all of them
+            options["labels"].copy_(make_labels(TOKENS, VOCABULARY, seed=seed))
+            if seed == 2:
+                options["labels"].fill_(-100)
+        graph.replay()
+        # With fewer tokens a product may be rounded otherwise, and near a column's edge that is enough to draw its neighbour.
+        monkeypatch.setattr(backend, "_captures", lambda device: "column_fraction" in options)
+        for got, called in zip(replayed, step(), strict=True):
+            eps = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            torch.testing.assert_close(got, called, rtol=eps, atol=eps * called.abs().max().item())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
+def test_cuda_graph_draws_other_columns_at_every_replay(few_columns):
+    inputs = make_inputs("moderate").to(DEVICE)
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+
+    def step():
+        return torch.autograd.grad(distillation_loss(*inputs[:4], backend="triton", column_fraction=0.08), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, d_weight = step()
+    kept = []
+    for _ in range(3):
+        graph.replay()
+        kept.append(tuple(d_weight.any(1).nonzero().flatten().tolist()))
+    assert len(set(kept)) > 1 and {len(k) for k in kept} == {24}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
