@@ -402,6 +402,30 @@ def test_float16_gradients_of_tiny_coefficients_do_not_underflow():
         assert error < 2e-3, f"{name}: {error:.2g}"
 
 
+ONLY = {"kd_weight": 0.0, "labels": make_labels(TOKENS, VOCABULARY)}
+EXTREMES = {
+    "small scale": ({"student_logit_scale": 1e-7}, 1e4, 0),
+    "large scale": ({"student_logit_scale": 2.0**18}, 1.7, 9),
+    "cold": ({"temperature": 1e-3}, 170.0, 0),
+    "warm": ({"temperature": 100.0}, 1.7, 0),
+    "hot": ({"temperature": 1e5}, 1.7, 0),
+    "hot, not squared": ({"temperature": 1e5, "temperature_squared": False}, 1e9, 0),
+    "hot, large teacher scale": ({"temperature": 1e4, "teacher_logit_scale": 1e4}, 1e-2, 0),
+    "z-loss, small scale": (ONLY | {"z_loss_weight": 0.1, "student_logit_scale": 1e-7}, 1e4, 0),
+    "cross entropy, small scale": (ONLY | {"ce_weight": 1.0, "student_logit_scale": 1e-7}, 1e4, 0),
+    "cross entropy, large scale": (ONLY | {"ce_weight": 1.0, "student_logit_scale": 2.0**18}, 1.7, 9),
+}
+
+
+@pytest.mark.parametrize("options, upstream, shrunk", EXTREMES.values(), ids=EXTREMES.keys())
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_float16_gradients_of_extreme_scales_and_temperatures_match_reference(divergence, options, upstream, shrunk):
+    """`upstream`, a loss scaler's, and inputs `shrunk` by powers of two keep the gradients themselves in the range of float16."""
+    inputs = make_inputs("moderate", dtype=torch.float16)
+    inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
+    check(inputs, upstream=upstream, divergence=divergence, **options)
+
+
 @DTYPES
 def test_same_inputs_give_the_same_bits(dtype):
     inputs = make_inputs("realistic", dtype=dtype, bias=True).to(DEVICE)
