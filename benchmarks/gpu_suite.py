@@ -141,8 +141,8 @@ def rows(dry: bool) -> dict:
             device=device(), divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
         )  # fmt: skip
         launcher = Launcher(problem, Tensors(hidden, weight, None, hidden, weight, None, None, coefficients))
-        terms = torch.empty(tokens, 3, **new)
-        chunk = chunked.Chunk(hidden, hidden, None, coefficients, terms, None, None, None, None, 0, None)
+        written = {"coefficients": coefficients, "terms": torch.empty(tokens, 3, **new)}
+        chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | written)
         step = lambda chunk=chunk, launcher=launcher, s=student, t=teacher, dz=dz: launcher.rows(chunk, s, t, dz, None)  # noqa: E731
         step()
         median = statistics.median(interleaved({"rows": step}, 1.0)["rows"])

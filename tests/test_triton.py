@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -28,8 +29,8 @@ from distill_kernels import (
     distillation_loss_and_stats,
     divergences,
     plan,
-    products,
     reference,
+    sampling,
     token_logprobs,
 )
 from distill_kernels.backends import triton as backend
@@ -270,6 +271,7 @@ def test_graph_being_captured_gets_the_same_result_without_compaction(monkeypatc
 CAPTURED = {
     "everything": everything(TOKENS, VOCABULARY) | {"num_items": None},
     "sampled": {"column_fraction": 0.08, "seed": 3},
+    "sampled, kept for backward": {"labels": make_labels(TOKENS, VOCABULARY), "column_fraction": 0.08, "seed": 3, "reduction": "none"},
     "masked and sampled": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.08, "seed": 3},
 }
 captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
@@ -301,20 +303,20 @@ class OnDevice(torch.Tensor):
 @captured
 @DTYPES
 def test_graph_being_captured_waits_for_nothing(options, dtype, few_columns, monkeypatch):
-    ran = []
+    ran, draw = [], sampling.draw
 
-    def run(problem, tensors):
+    def watched(function, *arguments):
+        ran.append(function.__name__)
         with NothingIsRead():
-            ran.append(kernel(problem, tensors))
-        return ran[-1]
+            return function(*arguments)
 
-    kernel, draw = backend.run, products.draw
-    monkeypatch.setattr(backend, "run", run)
-    monkeypatch.setattr(products, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
+    for name in ("run", "multiply_kept"):
+        monkeypatch.setattr(backend, name, functools.partial(watched, getattr(backend, name)))
+    monkeypatch.setattr(sampling, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
     monkeypatch.setattr(backend, "_captures", lambda device: True)
-    inputs = make_inputs("moderate", dtype=dtype, bias=True).to(DEVICE)
+    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
     with_gradients(distillation_loss, inputs, 1.7, backend="triton", **_there(options))
-    assert len(ran) == 1
+    assert ran == ["run"] + ["multiply_kept"] * (options.get("reduction") == "none")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
@@ -424,6 +426,18 @@ def test_float16_gradients_of_extreme_scales_and_temperatures_match_reference(di
     inputs = make_inputs("moderate", dtype=torch.float16)
     inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
     check(inputs, upstream=upstream, divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("options, upstream, shrunk", EXTREMES.values(), ids=EXTREMES.keys())
+def test_kept_float16_columns_of_extreme_scales_and_temperatures_give_the_same(options, upstream, shrunk, few_columns):
+    inputs = make_inputs("moderate", dtype=torch.float16).to(DEVICE)
+    inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
+    options = {**_there(options), "column_fraction": 0.08, "seed": 3, "backend": "triton"}
+    total = with_gradients(distillation_loss, inputs, upstream, reduction="sum", **options)
+    kept = with_gradients(distillation_loss, inputs, torch.full((TOKENS,), upstream), reduction="none", **options)
+    for name in ("d_student_hidden", "d_student_weight"):
+        assert total[name].isfinite().all() and total[name].any()
+        torch.testing.assert_close(kept[name], total[name], rtol=2e-3, atol=2e-3 * total[name].abs().max().item())
 
 
 @DTYPES

@@ -141,7 +141,7 @@ def _run_chunked(problem, tensors, plan, compact):
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
     with torch.cuda.device_of(saved.student_hidden):
         dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
-        scale = _dz_scale(saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
+        scale = _dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
         kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, dtype, scale=scale)
         compact = problem.compact and not _captures(problem.device)
         outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled, compact)
