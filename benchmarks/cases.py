@@ -79,15 +79,18 @@ def fused(backend, **options) -> Callable:
     return lambda *tensors: distill_kernels.distillation_loss(*tensors, backend=backend, **options)
 
 
-def peers() -> dict[str, Callable]:
-    """The same forward KL by other libraries, those that are installed: losses of the tensors, averaged over tokens."""
+def peers(compiled=False) -> dict[str, Callable]:
+    """The same forward KL by other libraries, those that are installed: losses of the tensors, averaged over tokens.
+
+    compiled: Liger compiles the loss of a chunk, as it does unless told not to.
+    """
     found = {}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
         pass
     else:
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
 
         def liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
             labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)

@@ -6,20 +6,25 @@
 Stages, each in a process of its own under a watchdog, which prints every thread's stack and kills a stage that hangs: what machine
 this is; what it reaches in cuBLAS products and in a device copy; the row kernels' bandwidth; the Triton backend's tests against the
 float64 reference; then for each case and dtype the gradient error, peak memory and time of the loss (forward + backward, and forward
-alone) by this library, eager torch, torch.compile of it, the matrix products alone, and, where they are installed, Liger (chunked and
-Triton), TRL and CCE (cross entropy only, beside this library's). Variants take turns and medians are reported; a variant that gives
-wrong gradients is not timed, one that runs out of memory says so. A stage that fails, or for which no time is left, is reported and the
-others go on.
+alone) by this library (exact, and with sampled columns), eager torch, torch.compile of it, the matrix products alone, and, where they are
+installed, Liger (chunked and Triton), TRL and CCE (cross entropy only, beside this library's). Variants take turns and medians are
+reported; a variant that gives wrong gradients is not timed, one that runs out of memory says so. A stage that fails, or for which no time
+is left, is reported with what it had measured until then, and the others go on.
+
+tflops: of the products that a variant's result asks for, whatever it multiplies again not counted; of_cublas: of the rate of large square
+products. gbps: of a variant's inputs, read once, and its gradients, written once; of_copy: of the rate of a copy.
 """
 
 import argparse
 import collections
+import contextlib
 import csv
 import faulthandler
 import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,8 +34,10 @@ from pathlib import Path
 import torch
 
 import distill_kernels
-from benchmarks import cases, record
+from benchmarks import record
 from benchmarks.cases import Case
+from benchmarks.gpu_case import MIB, device, has_gpu, interleaved, name_of, peers, run_case, synchronise
+from distill_kernels import columns
 
 CASES = (
     Case("h8192-v128256-d2048-4096", 8192, 128256, 2048, 4096),
@@ -40,50 +47,14 @@ CASES = (
     Case("h8192-v262144-d2304-3584", 8192, 262144, 2304, 3584),
 )
 TINY = (Case("tiny", 8, 300, 24, 40),)
-GATE_TOKENS = 256  # whose gradients are compared with float32 eager's
-ERRORS = {"float32": 2e-2, "bfloat16": 0.2}  # relative; float32 allows for TF32 where torch's switch is on
 MINUTES = 8.0
 STAGE_SECONDS = {"environment": 60, "peaks": 40, "rows": 40, "tests": 170}
 CASE_SECONDS = 60
 TEST_PROCESSES = max(1, min(12, (os.cpu_count() or 1) // 2))
-MIB = 2**20
-
-
-def has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if has_gpu() else "cpu")
-
-
-def synchronise():
-    if has_gpu():
-        torch.cuda.synchronize()
-
-
-def seconds(step) -> float:
-    """Of one call: between two events on a GPU's stream."""
-    if not has_gpu():
-        begin = time.perf_counter()
-        step()
-        return time.perf_counter() - begin
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    step()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def interleaved(steps: dict, budget: float, most=20) -> dict[str, list[float]]:
-    """Seconds of every step, each in its turn, for `budget` seconds and three rounds at least."""
-    samples = {name: [] for name in steps}
-    begin = time.perf_counter()
-    while len(next(iter(samples.values()))) < most and (time.perf_counter() - begin < budget or len(next(iter(samples.values()))) < 3):
-        for name, step in steps.items():
-            samples[name].append(seconds(step))
-    return samples
+TEST_FILES = ("tests/test_triton.py", "tests/test_columns.py")
+# All of the former (its name has the word), and of the latter what runs on this backend.
+TESTS = "triton or every_backend"
+DRY_TESTS = "(test_divergence_alone and forward_kl) or (drawn_columns and triton)"
 
 
 def environment() -> dict:
@@ -109,8 +80,8 @@ def tests(out: Path, dry: bool) -> dict:
     """The Triton backend's own tests; on a GPU they run on it, in several processes, for it is compiling that takes the time."""
     root = Path(__file__).resolve().parents[1]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "--tb=short"]
-    chosen = ["-k", "test_divergence_alone and forward_kl"] if dry else []
-    listed = subprocess.run([*pytest, "--collect-only", *chosen, "tests/test_triton.py"], cwd=root, capture_output=True, text=True).stdout
+    collect = [*pytest, "--collect-only", "-k", DRY_TESTS if dry else TESTS, *TEST_FILES]
+    listed = subprocess.run(collect, cwd=root, capture_output=True, text=True).stdout
     names = [line for line in listed.splitlines() if "::" in line]
     shards = [names[i::TEST_PROCESSES] for i in range(TEST_PROCESSES) if names[i::TEST_PROCESSES]]
     logs = [(out / f"tests-{i}.part").open("w+") for i in range(len(shards))]
@@ -170,136 +141,13 @@ def rows(dry: bool) -> dict:
             device=device(), divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
         )  # fmt: skip
         launcher = Launcher(problem, Tensors(hidden, weight, None, hidden, weight, None, None, coefficients))
-        terms = torch.empty(tokens, 3, **new)
-        chunk = chunked.Chunk(hidden, hidden, None, coefficients, terms, None, None, None, None, 0, None)
+        written = {"coefficients": coefficients, "terms": torch.empty(tokens, 3, **new)}
+        chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | written)
         step = lambda chunk=chunk, launcher=launcher, s=student, t=teacher, dz=dz: launcher.rows(chunk, s, t, dz, None)  # noqa: E731
         step()
         median = statistics.median(interleaved({"rows": step}, 1.0)["rows"])
         found[f"{tokens}x{vocabulary}"] = {"seconds": median, "gbps": tokens * vocabulary * 18 / median / 1e9}
     return found
-
-
-def peers() -> dict:
-    """Losses of other libraries, by name; those of cases.peers and what runs on a GPU only."""
-    found = cases.peers()
-    if has_gpu():
-        try:
-            from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-        except ImportError:
-            pass
-        else:
-            jsd = LigerFusedLinearJSD(jsd_beta=0.0)
-            found["liger-triton"] = lambda *tensors: jsd(*tensors, torch.zeros(len(tensors[0]), dtype=torch.int64, device=device()))
-    return found
-
-
-def cross_entropies() -> dict:
-    """Hard-label losses of the student alone: this library's and CCE's, where it is installed."""
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError:
-        return {}
-
-    def labels(hidden, weight):
-        return torch.arange(len(hidden), device=hidden.device) % len(weight)
-
-    return {
-        "cce (cross entropy)": lambda hidden, weight, *_: linear_cross_entropy(hidden, weight, labels(hidden, weight)),
-        "ours (cross entropy)": lambda hidden, weight, *_: distill_kernels.distillation_loss(
-            hidden, weight, None, None, labels(hidden, weight), kd_weight=0.0, ce_weight=1.0
-        ),
-    }
-
-
-def run_case(case: Case, dtype: torch.dtype, budget: float) -> list[dict]:
-    with torch.device(device()):
-        tensors = [t.detach().to(device()).requires_grad_(t.requires_grad) for t in case.tensors(dtype)]
-    losses = {"ours": cases.fused("triton"), "torch backend": cases.fused("torch"), "eager": cases.eager}
-    if has_gpu():
-        losses["compiled"] = torch.compile(cases.eager)
-    losses |= peers()
-    results = []
-    errors = gradient_errors(case, losses, tensors)
-    if has_gpu():
-        del losses["torch backend"]  # its float32 gradient products are a check of ours, not a rival
-    extra = cross_entropies()
-    directions = {
-        "forward+backward": {name: cases.forward_backward(loss) for name, loss in (losses | extra).items()},
-        "forward": {name: cases.forward_only(losses[name]) for name in ("ours", "eager")},
-    }
-    directions["forward+backward"] = {"products": cases.all_products(*(t.detach() for t in tensors[:2])), **directions["forward+backward"]}
-    directions["forward"] = {"products": cases.forward_products, **directions["forward"]}
-    for direction, steps in directions.items():
-        flops = case.product_flops if direction == "forward+backward" else case.forward_flops
-        peak, usable = {}, {}
-        for name, step in steps.items():
-            wrong = direction == "forward+backward" and not errors.get(name, {"error": 0.0})["error"] <= ERRORS[name_of(dtype)]
-            peak[name] = "wrong gradients" if wrong else memory_of(step, tensors)
-            if not isinstance(peak[name], str):
-                usable[name] = lambda step=step: step(*tensors)
-        samples = interleaved(usable, budget / 2)
-        medians = {name: statistics.median(times) for name, times in samples.items()}
-        for name in steps:
-            row = {
-                "case": case.name, "tokens": case.tokens, "vocabulary": case.vocabulary, "student_dim": case.student_dim,
-                "teacher_dim": case.teacher_dim, "dtype": name_of(dtype), "direction": direction, "variant": name,
-            }  # fmt: skip
-            if name in medians:
-                row |= {
-                    "milliseconds": medians[name] * 1e3,
-                    "tflops": flops / medians[name] / 1e12,
-                    "peak_mib": peak[name],
-                    "rounds": len(samples[name]),
-                }
-                row |= {f"to_{other}": medians[name] / medians[other] for other in ("products", "eager") if other in medians}
-            else:
-                row["failed"] = peak[name]
-            results.append(row | (errors.get(name, {}) if direction == "forward+backward" else {}))
-    return results
-
-
-def gradient_errors(case, losses, tensors) -> dict[str, dict]:
-    """Relative Frobenius error of the gradients on the case's first tokens, against float32 eager on the same inputs."""
-    tokens = min(case.tokens, GATE_TOKENS)
-    some = [t.detach()[:tokens] if i % 2 == 0 else t.detach() for i, t in enumerate(tensors)]
-    wide = [t.float().clone().requires_grad_(i < 2) for i, t in enumerate(some)]
-    cases.forward_backward(cases.eager)(*wide)
-    truth = [t.grad for t in wide[:2]]
-    del wide
-    found = {}
-    for name, loss in losses.items():
-        leaves = [t.clone().requires_grad_() if i < 2 else t for i, t in enumerate(some)]
-        try:
-            cases.forward_backward(loss)(*leaves)
-            found[name] = {"error": cases.gradient_error(leaves, truth, 1.0)}
-        except Exception as error:  # noqa: BLE001  (another library's failure is a result, not ours to stop for)
-            found[name] = {"error": float("inf"), "why": f"{type(error).__name__}: {error}"[:300]}
-    return found
-
-
-def memory_of(step, tensors) -> float | str:
-    """MiB at the peak of a step, above what was there before it; or why there is none."""
-    try:
-        step(*tensors)  # compiles, and fills caches
-        for tensor in tensors[:2]:
-            tensor.grad = None
-        if not has_gpu():
-            step(*tensors)
-            return 0.0
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(*tensors)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "out of memory"
-    except Exception as error:  # noqa: BLE001
-        return f"{type(error).__name__}: {error}"[:300]
-
-
-def name_of(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def stages(dry: bool) -> dict[str, float]:
@@ -310,16 +158,53 @@ def stages(dry: bool) -> dict[str, float]:
     return found
 
 
+def stage_file(name: str, out: Path) -> Path:
+    return out / f"{name.replace(':', '-')}.stage"
+
+
+def leave(result: dict, path: Path):
+    """Writes what a stage has so far. In two steps, for the process may be killed at any."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.replace(path)
+
+
 def run_stage(name: str, out: Path, dry: bool, limit: float):
     faulthandler.dump_traceback_later(limit, exit=True)  # the watchdog's word, before the parent's kill
     single = {"environment": environment, "peaks": lambda: peaks(dry), "rows": lambda: rows(dry), "tests": lambda: tests(out, dry)}
+    path = stage_file(name, out)
+    if dry:
+        columns.LEAST_VOCABULARY = 1  # columns are to be sampled at tiny sizes too
     if name in single:
-        result = single[name]()
+        leave(single[name](), path)
     else:
         case, dtype = name.split(":")
-        result = run_case(next(c for c in CASES + TINY if c.name == case), getattr(torch, dtype), 2.0 if dry else limit / 4)
+        case = next(c for c in CASES + TINY if c.name == case)
+        run_case(case, getattr(torch, dtype), 2.0 if dry else limit / 4, lambda rows: leave({"rows": rows}, path))
     synchronise()
-    (out / f"{name.replace(':', '-')}.stage").write_text(json.dumps(result))
+
+
+def watched(command: list[str], limit: float, **options) -> str | None:
+    """Runs a stage, and in the end kills whatever is left of it and of what it has started. Returns what went wrong, or None."""
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as child:
+        try:
+            _, said = child.communicate(timeout=limit + 5)
+            return None if child.returncode == 0 else f"exit code {child.returncode}: {said[-2000:]}"
+        except subprocess.TimeoutExpired:
+            return f"killed after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def add_fractions(result: dict, peaks: dict):
+    """of_cublas and of_copy: what the figures of a stage are of those that `peaks` measured, where it did."""
+    for row in (*result.get("rows", ()), *(value for value in result.values() if isinstance(value, dict))):
+        cublas = f"{row.get('dtype')}_tflops"
+        if "tflops" in row and cublas in peaks:
+            row["of_cublas"] = row["tflops"] / peaks[cublas]
+        if "gbps" in row and "copy_gbps" in peaks:
+            row["of_copy"] = row["gbps"] / peaks["copy_gbps"]
 
 
 def main() -> int:
@@ -337,6 +222,7 @@ def main() -> int:
     if not has_gpu() and not given.dry_run:
         parser.error("torch finds no GPU; --dry-run runs every step at tiny sizes on CPU")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `watched`, which leaves nothing running
     deadline = time.monotonic() + given.minutes * 60
     environ = os.environ | ({} if has_gpu() else {"TRITON_INTERPRET": "1"})
     suite = {"dry_run": given.dry_run, "stages": {}}
@@ -347,32 +233,30 @@ def main() -> int:
             continue
         command = [sys.executable, "-m", "benchmarks.gpu_suite", str(given.out), "--stage", name, "--limit", str(limit)]
         begin = time.monotonic()
-        try:
-            child = subprocess.run(
-                command + ["--dry-run"] * given.dry_run, env=environ, timeout=limit + 5, capture_output=True, text=True,
-                cwd=Path(__file__).resolve().parents[1],
-            )  # fmt: skip
-            failure = None if child.returncode == 0 else f"exit code {child.returncode}: {child.stderr[-2000:]}"
-        except subprocess.TimeoutExpired:
-            failure = f"killed after {limit:.0f} s"
-        written = given.out / f"{name.replace(':', '-')}.stage"
-        result = {"failed": failure} if failure else json.loads(written.read_text())
+        root = Path(__file__).resolve().parents[1]
+        failure = watched(command + ["--dry-run"] * given.dry_run, limit, env=environ, cwd=root)
+        written = stage_file(name, given.out)
+        result = json.loads(written.read_text()) if written.exists() else {}
         written.unlink(missing_ok=True)
+        written.with_suffix(".part").unlink(missing_ok=True)
+        if failure:
+            result["failed"] = failure
+        add_fractions(result, suite["stages"].get("peaks", {}))
         suite["stages"][name] = result
         print(f"{name}: {time.monotonic() - begin:.0f} s{' — ' + failure if failure else ''}", flush=True)
         write(given.out, suite)  # after each stage: a run that is cut off leaves what it has
     write(given.out, suite)
     print(summary(suite))
-    failed = [name for name, result in suite["stages"].items() if isinstance(result, dict) and result.get("failed")]
-    return 1 if failed or suite["stages"]["tests"].get("exit_code") else 0
+    failed = any("failed" in result for result in suite["stages"].values())
+    return 1 if failed or suite["stages"]["tests"]["exit_code"] else 0
 
 
 def write(out: Path, suite: dict):
     (out / "suite.json").write_text(json.dumps(suite, indent=1))
-    measured = [row for result in suite["stages"].values() if isinstance(result, list) for row in result]
-    columns = list(dict.fromkeys(column for row in measured for column in row))
+    measured = [row for result in suite["stages"].values() for row in result.get("rows", ())]
+    names = list(dict.fromkeys(name for row in measured for name in row))
     with (out / "latency.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in measured)
 
@@ -381,16 +265,17 @@ def summary(suite: dict) -> str:
     lines = ["", "stage results"]
     for name in STAGE_SECONDS:
         lines.append(f"  {name}: {json.dumps(suite['stages'].get(name))[:600]}")
-    head = f"{'ms':>9} {'÷products':>9} {'÷eager':>7} {'TFLOP/s':>8} {'MiB':>8} {'error':>8}"
+    head = f"{'ms':>9} {'÷products':>9} {'÷eager':>7} {'TFLOP/s':>8} {'of cuBLAS':>9} {'of copy':>7} {'MiB':>8} {'error':>8}"
     lines.append(f"  {'case':26} {'dtype':9} {'direction':17} {'variant':22} {head}")
     for result in suite["stages"].values():
-        for row in result if isinstance(result, list) else ():
+        for row in result.get("rows", ()):
             if "failed" in row:
                 figures = row["failed"]
             else:
+                ratios = {name: row.get(name, float("nan")) for name in ("to_products", "to_eager", "of_cublas", "of_copy")}
                 figures = (
-                    f"{row['milliseconds']:9.2f} {row.get('to_products', float('nan')):9.2f} {row.get('to_eager', float('nan')):7.2f} "
-                    f"{row['tflops']:8.1f} {row['peak_mib']:8.0f}"
+                    f"{row['milliseconds']:9.2f} {ratios['to_products']:9.2f} {ratios['to_eager']:7.2f} {row['tflops']:8.1f} "
+                    f"{ratios['of_cublas']:9.1%} {ratios['of_copy']:7.1%} {row['peak_mib']:8.0f}"
                 )
             error = f" {row['error']:8.1e}" if "error" in row else ""
             lines.append(f"  {row['case']:26} {row['dtype']:9} {row['direction']:17} {row['variant']:22} {figures}{error}")

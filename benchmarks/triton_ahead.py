@@ -127,6 +127,16 @@ def problem(tokens, vocabulary, student_dim, teacher_dim, dtype, divergence, **o
     return Problem(tokens, vocabulary, student_dim, teacher_dim, dtype, dtype, torch.device("meta"), divergence, **defaults | options)
 
 
+@contextlib.contextmanager
+def standing_for(target: str):
+    """Whatever the launcher and the planner ask of a device is answered for `target`."""
+    with (
+        mock.patch.object(launch, "architecture", lambda device: target),
+        mock.patch.object(launch, "multiprocessors", lambda device: LIMITS[target].multiprocessors),
+    ):
+        yield
+
+
 def launches(target: str, problem: Problem, *, fused=False, tile: sweep.Configuration | None = None, bias=False) -> list[Launch]:
     """What the backend would launch for a chunk of all tokens: the row kernels, or `fused` the sweep, with `tile` if it is given."""
     made = []
@@ -155,8 +165,7 @@ def launches(target: str, problem: Problem, *, fused=False, tile: sweep.Configur
 
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(launch, "_launch", record))
-        patched.enter_context(mock.patch.object(launch, "architecture", lambda device: target))
-        patched.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: LIMITS[target].multiprocessors))
+        patched.enter_context(standing_for(target))
         if tile is not None:
             patched.enter_context(mock.patch.object(sweep, "configuration", lambda *asked: tile))
         launcher = launch.Launcher(problem, tensors)

@@ -12,13 +12,16 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 
 import torch
 
 from benchmarks import record, triton_ahead
 from distill_kernels import divergences
+from distill_kernels.backends import triton as backend
 from distill_kernels.backends.triton import sweep
+from distill_kernels.plan import make_plan
+from distill_kernels.problem import ACCELERATOR_WORKSPACE_MIB
 
 TARGET = "sm_90"
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "i1": 1}
@@ -175,6 +178,9 @@ def equalities(target: str = TARGET) -> list[dict]:
             read = counted["load", "student_logits"] + counted["load", "teacher_logits"]
             name = f"{launch.name}, {divergence}, {dtype}"
             found.append({"what": f"{name}: logits", "counted": read, "formula": pass_bytes(case)})
+            if divergence.one_pass and (each := EXPONENTIALS.get(launch.name.removesuffix("_kernel"))):
+                counted_each = round(counted["exp"] / (case.tokens * case.vocabulary))  # rounds off what is done once for a tile
+                found.append({"what": f"{name}: exponentials of an entry", "counted": counted_each, "formula": each})
             passes += launch.values.get("ALWAYS", True)
         found.append({"what": f"{divergence}, {dtype}: passes", "counted": passes, "formula": 2 if divergence.one_pass else 3})
         written = counted["store", "dz"]
@@ -202,7 +208,9 @@ class Peaks:
 # H100 SXM. flops and dram: NVIDIA's data sheet. exponentials: 16 a clock and multiprocessor, by the table of arithmetic throughputs in
 # the CUDA C++ Programming Guide. Assumptions: a clock of 1.83 GHz, and 5.5 TB/s of L2, which NVIDIA does not publish.
 H100 = Peaks(multiprocessors=132, flops=989.4e12, dram=3.35e12, l2=5.5e12, exponentials=132 * 16 * 1.83e9)
-EXPONENTIALS = 3  # of an entry in forward_kl's statistics: both softmaxes and the teacher's probability once more
+EXPONENTIALS = {"statistics": 3, "gradient": 2}  # of an entry, of forward_kl: counted, like the bytes
+SECTOR = 32  # bytes that memory is read in
+FRACTION = 0.08  # of the columns, where they are sampled
 CASES = (
     Case(4096, 131072, 2048, 4096),
     Case(8192, 128256, 2048, 4096),
@@ -213,38 +221,105 @@ CASES = (
 LARGER = ((128, 128), (128, 256), (256, 256), (256, 512))  # tiles, or what a cluster reads of each operand once
 
 
-def bound(case: Case, rows: int, entries: int, element: int = 2, peaks: Peaks = H100) -> dict:
-    """Least milliseconds of each resource for one pass of the sweep over both 16-bit heads, all tokens in one chunk; the largest binds."""
-    blocks = -(-case.tokens // rows)
-    splits = max(1, min(peaks.multiprocessors // blocks, -(-case.vocabulary // entries)))
-    programs = blocks * splits
-    waves = -(-programs // peaks.multiprocessors)
-    busy = programs / (waves * peaks.multiprocessors)
-    matrices = (case.tokens + waves * case.vocabulary) * case.dims * element
-    times = {
-        "matrix": sweep_flops(case) / peaks.flops / busy,
-        "l2": sweep_bytes(case, rows, entries, element) / peaks.l2,
-        "dram": matrices / peaks.dram,
-        "exp": EXPONENTIALS * case.tokens * case.vocabulary / peaks.exponentials / busy,
-    }
-    binds = max(times, key=times.get)
-    return {
-        **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()}, "programs": programs, "busy": busy, "binds": binds,
-        "bound_ms": 1e3 * times[binds], "of_matrix": times[binds] / (sweep_flops(case) / peaks.flops),
+def chunks_of(case: Case, **options) -> list[int]:
+    """Tokens of each chunk that the plan would make on an H100, of bfloat16 models."""
+    asked = triton_ahead.problem(*astuple(case), torch.bfloat16, divergences.forward_kl(), **options)
+    asked = replace(asked, device=torch.device("cuda"), workspace_mib=ACCELERATOR_WORKSPACE_MIB)
+    with triton_ahead.standing_for(TARGET):
+        size = make_plan(asked, backend.schedule(asked)).chunk_tokens
+    return [min(size, case.tokens - begin) for begin in range(0, case.tokens, size)]
+
+
+def least(phases: list[dict], matrix: float) -> dict:
+    """Of phases that follow each other, {resource: seconds} each: milliseconds of each resource in all; the slowest of every phase is what
+    it takes, and the resource that is it for longest binds. `matrix`: seconds that products alone would take."""
+    total, slowest = Counter(), Counter()
+    for phase in phases:
+        total.update(phase)
+        binding = max(phase, key=phase.get)
+        slowest[binding] += phase[binding]
+    return {f"{name}_ms": 1e3 * seconds for name, seconds in total.items()} | {
+        "binds": max(slowest, key=slowest.get), "bound_ms": 1e3 * slowest.total(), "of_matrix": slowest.total() / matrix,
     }  # fmt: skip
+
+
+def bound(case: Case, rows: int, entries: int, chunks: list[int] | None = None, element: int = 2, peaks: Peaks = H100) -> dict:
+    """Least time of one pass of the sweep over both 16-bit heads; `chunks`: their tokens, all in one unless told."""
+    phases, found = [], {}
+    for tokens in chunks or [case.tokens]:
+        part = replace(case, tokens=tokens)
+        blocks = -(-tokens // rows)
+        splits = max(1, min(peaks.multiprocessors // blocks, -(-case.vocabulary // entries)))
+        programs = blocks * splits
+        waves = -(-programs // peaks.multiprocessors)
+        busy = programs / (waves * peaks.multiprocessors)
+        phases.append(
+            {
+                "matrix": sweep_flops(part) / peaks.flops / busy,
+                "l2": sweep_bytes(part, rows, entries, element) / peaks.l2,
+                "dram": (tokens + waves * case.vocabulary) * case.dims * element / peaks.dram,
+                "exp": EXPONENTIALS["statistics"] * tokens * case.vocabulary / peaks.exponentials / busy,
+            }
+        )
+        found = found or {"programs": programs, "busy": busy}
+    return least(phases, sweep_flops(case) / peaks.flops) | found
+
+
+def chunked_bound(case: Case, chunks: list[int], fraction: float = 0.0, element: int = 2, peaks: Peaks = H100) -> dict:
+    """Least time of forward and backward by the chunked schedule, 16-bit heads; `fraction` of the columns, if they are sampled. What it is
+    compared with is the dense products, 3S + 1T. Drawing the columns is left out: it takes launches rather than bytes."""
+    v, d_s, d_t = case.vocabulary, case.student_dim, case.teacher_dim
+    kept = round(fraction * v)
+    phases, products = [], []
+
+    def phase(*, flops=0, bytes=0, exp=0, to=phases):
+        to.append({"matrix": flops / peaks.flops, "dram": bytes / peaks.dram, "exp": exp / peaks.exponentials})
+
+    for i, n in enumerate(chunks):
+        for dim in (d_s, d_t):  # logits: hidden states and head read, float32 written
+            phase(flops=2 * n * v * dim, bytes=(n + v) * dim * element + 4 * n * v)
+        part = replace(case, tokens=n)
+        phase(bytes=pass_bytes(part), exp=EXPONENTIALS["statistics"] * n * v)
+        phase(bytes=pass_bytes(part) + n * v * element, exp=EXPONENTIALS["gradient"] * n * v)
+        columns = kept or v
+        if kept:
+            phase(bytes=n * v * element)  # norms of the columns
+            # dz's kept columns: gathered, weighted in float32, rounded. The head's: gathered.
+            phase(bytes=n * min(v * element, kept * SECTOR) + n * kept * (3 * element + 8))
+            phase(bytes=2 * kept * d_s * element)
+        phase(flops=2 * n * columns * d_s, bytes=(n + d_s) * columns * element + 4 * n * d_s)
+        # d_weight in float32, after the first chunk added to; of kept columns it is made apart, and then added.
+        phase(flops=2 * n * columns * d_s, bytes=(columns + d_s) * n * element + 4 * columns * d_s * (1 if kept or i == 0 else 2))
+        if kept:
+            phase(bytes=12 * kept * d_s)
+    if kept:
+        phase(bytes=4 * v * d_s)  # d_weight is zeros at first
+    phase(bytes=(8 + 4 + element) * (case.tokens + v) * d_s)  # both gradients times the upstream one, then rounded
+    for dim in (d_s, d_t, d_s, d_s):  # the bare products, of 16 bits throughout and all tokens at once
+        n = case.tokens
+        phase(flops=2 * n * v * dim, bytes=((n + v) * dim + n * v) * element, to=products)
+    made = least(phases, sum(product["matrix"] for product in products))
+    return made | {"of_products": made["bound_ms"] / 1e3 / sum(max(product.values()) for product in products)}
 
 
 def bounds() -> list[dict]:
     made = []
     for case in CASES:
-        chosen = sweep.configuration(TARGET, torch.bfloat16, case.tokens)
+
+        def add(schedule, chunks, found, case=case, **columns):
+            made.append(asdict(case) | {"schedule": schedule, "chunk_tokens": chunks[0], "chunks": len(chunks)} | columns | found)
+
+        chunks = chunks_of(case)
+        chosen = sweep.configuration(TARGET, torch.bfloat16, chunks[0])
         tiles = {(chosen.rows, chosen.entries): 1} | {tile: 0 for tile in LARGER if tile != (chosen.rows, chosen.entries)}
         for (rows, entries), configured in tiles.items():
-            key = {
-                "tokens": case.tokens, "vocabulary": case.vocabulary, "student_dim": case.student_dim, "teacher_dim": case.teacher_dim,
-                "rows": rows, "entries": entries, "configured": configured,
-            }  # fmt: skip
-            made.append(key | bound(case, rows, entries))
+            add("tile-fused", chunks, bound(case, rows, entries, chunks), rows=rows, entries=entries, configured=configured)
+        gradients = {"d_hidden": True, "d_weight": True}
+        chunks = chunks_of(case, **gradients)
+        no_tile = {"rows": "", "entries": "", "configured": ""}
+        add("chunked", chunks, chunked_bound(case, chunks), **no_tile)
+        chunks = chunks_of(case, **gradients, column_fraction=FRACTION)
+        add(f"chunked, {FRACTION:.0%} of columns", chunks, chunked_bound(case, chunks, FRACTION), **no_tile)
     return made
 
 
@@ -260,13 +335,15 @@ def main():
         raise SystemExit("\n".join(map(str, wrong)))
     made = bounds()
     for row in made:
+        tile = f", {row['rows']} x {row['entries']}{'*' * row['configured']}" if row["rows"] else ""
+        resources = ", ".join(f"{name} {row[f'{name}_ms']:.2f}" for name in ("matrix", "l2", "dram", "exp") if f"{name}_ms" in row)
+        shape = f"{row['tokens']:5} x {row['vocabulary']}, {row['student_dim']} + {row['teacher_dim']}"
         print(
-            f"{row['tokens']:5} x {row['vocabulary']}, {row['student_dim']} + {row['teacher_dim']}: {row['rows']:3} x {row['entries']:3}"
-            f"{'*' if row['configured'] else ' '} matrix {row['matrix_ms']:6.2f} ms, L2 {row['l2_ms']:6.2f}, DRAM {row['dram_ms']:5.2f}, "
-            f"exp {row['exp_ms']:5.2f}: {row['bound_ms']:6.2f} by {row['binds']}, {row['of_matrix']:.2f} of the matrix bound"
+            f"{shape}: {row['schedule']}{tile}, {row['chunks']} of {row['chunk_tokens']} tokens: {resources}: {row['bound_ms']:.2f} ms by "
+            f"{row['binds']}, {row['of_matrix']:.2f} of the matrix bound"
         )
     (record.RESULTS / "triton_traffic.csv").unlink(missing_ok=True)
-    key = ("tokens", "vocabulary", "student_dim", "teacher_dim", "rows", "entries")
+    key = ("tokens", "vocabulary", "student_dim", "teacher_dim", "schedule", "rows", "entries")
     print(f"written: {record.write('triton_traffic', made, key)}")
 
 

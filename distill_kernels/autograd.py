@@ -134,23 +134,31 @@ def multiply_kept(
     d_weight: bool,
     column_fraction: float,
     compact: bool,
+    temperature: float,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of what a forward with Problem.keeps_dz has kept; see chunked.Saved."""
     saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens)
-    problem = _kept_problem(student_hidden, student_weight, d_hidden, d_weight, column_fraction, compact)
+    scalars = d_hidden, d_weight, column_fraction, compact, temperature, student_logit_scale, teacher_logit_scale
+    problem = _kept_problem(student_hidden, student_weight, *scalars)
     outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
     return outputs.d_hidden, outputs.d_weight
 
 
 @multiply_kept.register_fake
-def _(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens, d_hidden, d_weight, *rest):
-    problem = _kept_problem(student_hidden, student_weight, d_hidden, d_weight, 0.0, False)
+def _(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens, *scalars_and_backend):
+    problem = _kept_problem(student_hidden, student_weight, *scalars_and_backend[:-1])
     outputs = empty_outputs(problem, student_hidden, None)
     return outputs.d_hidden, outputs.d_weight
 
 
-def _kept_problem(student_hidden, student_weight, d_hidden, d_weight, column_fraction, compact) -> Problem:
+# Of the forward's problem: which gradients there are, and how large those of logits may be.
+KEPT_FIELDS = "d_hidden", "d_weight", "column_fraction", "compact", "temperature", "student_logit_scale", "teacher_logit_scale"
+
+
+def _kept_problem(student_hidden, student_weight, *scalars) -> Problem:
     """The products of the student's kept columns; what their gradient is of does not matter any more."""
     return Problem(
         tokens=student_hidden.shape[0],
@@ -163,10 +171,7 @@ def _kept_problem(student_hidden, student_weight, d_hidden, d_weight, column_fra
         divergence=None,
         cross_entropy=False,
         z_loss=True,
-        d_hidden=d_hidden,
-        d_weight=d_weight,
-        column_fraction=column_fraction,
-        compact=compact,
+        **dict(zip(KEPT_FIELDS, scalars, strict=True)),
     )
 
 
@@ -200,7 +205,7 @@ def _backward(ctx, d_total, d_terms, *_):
     wanted = [ctx.scalars[name] for name in ("d_hidden", "d_weight", "d_bias")]
     if ctx.scalars["keeps_dz"]:
         *inputs, kept_dz, kept_columns = ctx.saved_tensors
-        scalars = (ctx.scalars[name] for name in ("d_hidden", "d_weight", "column_fraction", "compact"))
+        scalars = (ctx.scalars[name] for name in KEPT_FIELDS)
         gradients = *multiply_kept(*inputs, upstream, kept_dz, kept_columns, ctx.chunk_tokens, *scalars, ctx.backend), None
     elif again:
         tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=upstream)

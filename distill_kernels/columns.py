@@ -76,13 +76,13 @@ def inclusion(scores: torch.Tensor, kept: int) -> torch.Tensor:
 
 def _threshold(scores, kept):
     """t with Σ min(1, c/t) = `kept`, as a tensor (): the columns above it are the k largest for the first k where the next is below."""
-    if scores.is_cuda:  # a loop would wait for the device at every turn
+    if scores.is_cuda:  # a loop would wait for the device at every turn, as would `candidates[...]`: an index of no dimension is read
         ordered = scores.sort(descending=True).values
         rest = _running_sum(ordered.flip(0)).flip(0)  # from the k-th on; the smallest first, which a difference of sums would lose
         count = torch.arange(len(ordered), device=scores.device)
         candidates = rest / (kept - count).clamp(min=1)
         fits = (ordered <= candidates) & (count < kept)
-        return candidates[fits.int().argmax()].clamp(min=torch.finfo(scores.dtype).tiny)
+        return candidates.take(fits.int().argmax()).clamp(min=torch.finfo(scores.dtype).tiny)
     total, sure = scores.sum(), 0
     threshold = total / kept
     while True:

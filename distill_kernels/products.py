@@ -9,6 +9,9 @@ import torch
 from distill_kernels.problem import Problem
 
 PANEL_BYTES = 2 * 2**20  # of a 16-bit head, widened at a time: stays in a core's share of L3 between widening and product
+# Whether a float32 product of 16-bit matrices can be added to a float32 matrix: torch 2.8 and 2.9 want that to be of 16 bits as well.
+ADDS_WIDE = torch.__version__ >= (2, 10)
+SUM_BYTES = 32 * 2**20  # of d_weight, multiplied apart and then added, at a time: stays in the L2 of a GPU in between
 
 
 def multiplies_wide(device: torch.device) -> bool:
@@ -29,8 +32,18 @@ def panel_rows(problem: Problem) -> int:
     return max(1, min(problem.vocabulary, PANEL_BYTES // (max(narrow) * element)))
 
 
+def sum_rows(problem: Problem) -> int:
+    """Rows of d_weight that are multiplied apart at a time; 0 if products add to it."""
+    narrow = problem.student_dtype.itemsize < problem.compute_dtype.itemsize
+    if ADDS_WIDE or not (narrow and problem.d_weight and multiplies_wide(problem.device)):
+        return 0
+    return max(1, min(problem.vocabulary, SUM_BYTES // (problem.student_dim * problem.compute_dtype.itemsize)))
+
+
 def panel_bytes(problem: Problem) -> int:
-    return panel_rows(problem) * max(problem.student_dim, problem.teacher_dim) * problem.compute_dtype.itemsize
+    """Of what products are made from or in, beside the tensors of the call."""
+    widened = panel_rows(problem) * max(problem.student_dim, problem.teacher_dim)
+    return max(widened, sum_rows(problem) * problem.student_dim) * problem.compute_dtype.itemsize
 
 
 class Products:
@@ -39,7 +52,7 @@ class Products:
     def __init__(self, problem: Problem, device: torch.device):
         self.dtype = problem.compute_dtype
         self.wide = multiplies_wide(device)
-        self.panel_rows = panel_rows(problem)
+        self.panel_rows, self.sum_rows = panel_rows(problem), sum_rows(problem)
         self.panel = torch.empty(panel_bytes(problem) // self.dtype.itemsize, dtype=self.dtype, device=device)
 
     def logits(self, hidden, weight, out):
@@ -64,8 +77,12 @@ class Products:
         if self._directly(hidden) and dz.dtype == hidden.dtype:
             if first:
                 torch.mm(dz.T, hidden, out_dtype=self.dtype, out=out)
-            else:
+            elif ADDS_WIDE:
                 torch.addmm(out, dz.T, hidden, out_dtype=self.dtype, out=out)
+            else:
+                for rows, columns in zip(out.split(self.sum_rows), dz.split(self.sum_rows, 1), strict=True):
+                    made = self.panel[: rows.numel()].view(rows.shape)
+                    rows.add_(torch.mm(columns.T, hidden, out_dtype=self.dtype, out=made))
             return
         torch.addmm(out, dz.to(self.dtype).T, hidden.to(self.dtype), beta=float(not first), out=out)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -10,15 +11,28 @@ from accuracy import (
     DIVERGENCES,
     assert_as_good_as_eager,
     check_loss,
+    eager_loss,
     eager_terms,
+    eager_with_gradients,
     everything,
     make_inputs,
     make_labels,
     make_token_weight,
     with_gradients,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
+from distill_kernels import (
+    backends,
+    columns,
+    distillation_loss,
+    distillation_loss_and_stats,
+    divergences,
+    plan,
+    reference,
+    sampling,
+    token_logprobs,
+)
 from distill_kernels.backends import triton as backend
 from distill_kernels.problem import Problem
 
@@ -137,19 +151,27 @@ def test_student_and_teacher_of_different_dtypes_match_reference():
     check(narrow, reduction="none", upstream=per_token())
 
 
-def test_strided_inputs_give_the_same_bits():
-    inputs = make_inputs("moderate").to(DEVICE)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strided_inputs_are_as_good(reduction):
+    """And on CPU of the same bits. On a GPU strides have a say in which of cuBLAS's kernels multiplies, and in whether TMA reads."""
+    inputs = make_inputs("moderate")
+    there = inputs.to(DEVICE)
 
     def spread(matrix):
         wide = matrix.new_full((2 * matrix.shape[0], matrix.shape[1] + 5), math.nan)
         wide[::2, 3:-2] = matrix
         return wide[::2, 3:-2]
 
-    for options in ({}, {"reduction": "none"}):
-        plain = distillation_loss(*inputs[:4], backend="triton", **options)
-        strided = distillation_loss(*(spread(x) for x in inputs[:4]), backend="triton", **options)
-        turned = distillation_loss(*(x.T.contiguous().T for x in inputs[:4]), backend="triton", **options)
-        assert torch.equal(plain, strided) and torch.equal(plain, turned)
+    def turned(matrix):
+        return matrix.T.contiguous().T
+
+    plain = distillation_loss(*there[:4], backend="triton", reduction=reduction)
+    truth = reference.distillation_loss(*inputs.to(torch.float64)[:4], reduction=reduction)
+    eager = [loss.cpu() for loss in eager_with_gradients(eager_loss, there, 1.0, reduction=reduction)["loss"]]
+    for arranged in (spread, turned):
+        loss = distillation_loss(*map(arranged, there[:4]), backend="triton", reduction=reduction)
+        assert_as_good_as_eager("loss", loss.cpu(), eager, truth)
+        assert ON_GPU or torch.equal(loss, plain)
 
 
 @TWO
@@ -246,6 +268,114 @@ def test_graph_being_captured_gets_the_same_result_without_compaction(monkeypatc
             torch.testing.assert_close(value, compacted[name], rtol=1e-5, atol=1e-6 * compacted[name].abs().max().item())
 
 
+CAPTURED = {
+    "everything": everything(TOKENS, VOCABULARY) | {"num_items": None},
+    "sampled": {"column_fraction": 0.08, "seed": 3},
+    "sampled, kept for backward": {"labels": make_labels(TOKENS, VOCABULARY), "column_fraction": 0.08, "seed": 3, "reduction": "none"},
+    "masked and sampled": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.08, "seed": 3},
+}
+captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
+
+
+@pytest.fixture
+def few_columns(monkeypatch):
+    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what on a GPU waits for a result: a number of a tensor's, or how many of its elements are true."""
+
+    WAITING = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name == "index" and any(index is not None and index.dtype is torch.bool for index in args[1])
+        assert name not in self.WAITING and not masks, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class OnDevice(torch.Tensor):
+    """Of a CPU tensor that says it is a GPU's."""
+
+    is_cuda = property(lambda self: True)
+
+
+@captured
+@DTYPES
+def test_graph_being_captured_waits_for_nothing(options, dtype, few_columns, monkeypatch):
+    ran, draw = [], sampling.draw
+
+    def watched(function, *arguments):
+        ran.append(function.__name__)
+        with NothingIsRead():
+            return function(*arguments)
+
+    for name in ("run", "multiply_kept"):
+        monkeypatch.setattr(backend, name, functools.partial(watched, getattr(backend, name)))
+    monkeypatch.setattr(sampling, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
+    monkeypatch.setattr(backend, "_captures", lambda device: True)
+    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
+    with_gradients(distillation_loss, inputs, 1.7, backend="triton", **_there(options))
+    assert ran == ["run"] + ["multiply_kept"] * (options.get("reduction") == "none")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
+@captured
+@DTYPES
+def test_cuda_graph_replays_what_calls_give(options, dtype, few_columns, monkeypatch):
+    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
+    leaves, teacher = [x.requires_grad_() for x in inputs[:2]], inputs[2:4]
+    options = _there(options)
+
+    def step():
+        loss = distillation_loss(*leaves, *teacher, backend="triton", **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 1.7))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), monkeypatch.context() as patched:
+        patched.setattr(backend, "_captures", lambda device: True)
+        step()  # compiles, which a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for seed in range(3):
+        with torch.no_grad():
+            for there, other in zip(inputs[:4], make_inputs("realistic", dtype=dtype, seed=seed)[:4], strict=True):
+                there.copy_(other)
+        if "labels" in options:  # other tokens are masked, in the end all of them
+            options["labels"].copy_(make_labels(TOKENS, VOCABULARY, seed=seed))
+            if seed == 2:
+                options["labels"].fill_(-100)
+        graph.replay()
+        # With fewer tokens a product may be rounded otherwise, and near a column's edge that is enough to draw its neighbour.
+        monkeypatch.setattr(backend, "_captures", lambda device: "column_fraction" in options)
+        for got, called in zip(replayed, step(), strict=True):
+            eps = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            torch.testing.assert_close(got, called, rtol=eps, atol=eps * called.abs().max().item())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
+def test_cuda_graph_draws_other_columns_at_every_replay(few_columns):
+    inputs = make_inputs("moderate").to(DEVICE)
+    leaves = [x.requires_grad_() for x in inputs[:2]]
+
+    def step():
+        return torch.autograd.grad(distillation_loss(*inputs[:4], backend="triton", column_fraction=0.08), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, d_weight = step()
+    kept = []
+    for _ in range(3):
+        graph.replay()
+        kept.append(tuple(d_weight.any(1).nonzero().flatten().tolist()))
+    assert len(set(kept)) > 1 and {len(k) for k in kept} == {24}
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_all_tokens_masked_give_zeros(reduction):
     inputs = make_inputs("moderate").to(DEVICE)
@@ -272,6 +402,42 @@ def test_float16_gradients_of_tiny_coefficients_do_not_underflow():
     for name in ("d_student_hidden", "d_student_weight"):
         error = (got[name].cpu().double() - truth[name]).norm() / truth[name].norm()
         assert error < 2e-3, f"{name}: {error:.2g}"
+
+
+ONLY = {"kd_weight": 0.0, "labels": make_labels(TOKENS, VOCABULARY)}
+EXTREMES = {
+    "small scale": ({"student_logit_scale": 1e-7}, 1e4, 0),
+    "large scale": ({"student_logit_scale": 2.0**18}, 1.7, 9),
+    "cold": ({"temperature": 1e-3}, 170.0, 0),
+    "warm": ({"temperature": 100.0}, 1.7, 0),
+    "hot": ({"temperature": 1e5}, 1.7, 0),
+    "hot, not squared": ({"temperature": 1e5, "temperature_squared": False}, 1e9, 0),
+    "hot, large teacher scale": ({"temperature": 1e4, "teacher_logit_scale": 1e4}, 1e-2, 0),
+    "z-loss, small scale": (ONLY | {"z_loss_weight": 0.1, "student_logit_scale": 1e-7}, 1e4, 0),
+    "cross entropy, small scale": (ONLY | {"ce_weight": 1.0, "student_logit_scale": 1e-7}, 1e4, 0),
+    "cross entropy, large scale": (ONLY | {"ce_weight": 1.0, "student_logit_scale": 2.0**18}, 1.7, 9),
+}
+
+
+@pytest.mark.parametrize("options, upstream, shrunk", EXTREMES.values(), ids=EXTREMES.keys())
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_float16_gradients_of_extreme_scales_and_temperatures_match_reference(divergence, options, upstream, shrunk):
+    """`upstream`, a loss scaler's, and inputs `shrunk` by powers of two keep the gradients themselves in the range of float16."""
+    inputs = make_inputs("moderate", dtype=torch.float16)
+    inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
+    check(inputs, upstream=upstream, divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("options, upstream, shrunk", EXTREMES.values(), ids=EXTREMES.keys())
+def test_kept_float16_columns_of_extreme_scales_and_temperatures_give_the_same(options, upstream, shrunk, few_columns):
+    inputs = make_inputs("moderate", dtype=torch.float16).to(DEVICE)
+    inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
+    options = {**_there(options), "column_fraction": 0.08, "seed": 3, "backend": "triton"}
+    total = with_gradients(distillation_loss, inputs, upstream, reduction="sum", **options)
+    kept = with_gradients(distillation_loss, inputs, torch.full((TOKENS,), upstream), reduction="none", **options)
+    for name in ("d_student_hidden", "d_student_weight"):
+        assert total[name].isfinite().all() and total[name].any()
+        torch.testing.assert_close(kept[name], total[name], rtol=2e-3, atol=2e-3 * total[name].abs().max().item())
 
 
 @DTYPES

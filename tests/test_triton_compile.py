@@ -1,6 +1,7 @@
 """What the Triton kernels become on each target, without a GPU: machine code that does not spill, bytes and flops as documented."""
 
 import csv
+import dataclasses
 import math
 
 import pytest
@@ -129,3 +130,36 @@ def test_bound_is_the_slowest_resource():
     assert small["binds"] == "l2" and math.isclose(small["bound_ms"], small["l2_ms"])
     assert large["binds"] == "matrix" and large["of_matrix"] >= 1
     assert small["l2_ms"] == pytest.approx(large["l2_ms"] * 8)
+
+
+def test_chunks_are_those_of_the_plan():
+    case = triton_traffic.Case(8192, 128256, 2048, 4096)
+    gradients = {"d_hidden": True, "d_weight": True}
+    fused, chunked, sampled = (triton_traffic.chunks_of(case, **o) for o in ({}, gradients, gradients | {"column_fraction": 0.08}))
+    assert sum(fused) == sum(chunked) == sum(sampled) == case.tokens
+    # By hand: two float32 logits and a bfloat16 dz for each entry, in a GiB; at most 512 tokens share a sample.
+    assert 0.95 * 2**30 / (10 * case.vocabulary) < chunked[0] < 2**30 / (10 * case.vocabulary)
+    assert max(sampled) == 512 and chunked[0] < fused[0] < case.tokens
+
+
+def test_every_chunk_reads_the_heads_and_adds_to_d_weight():
+    case = triton_traffic.Case(4096, 131072, 2048, 4096)
+    peaks = dataclasses.replace(triton_traffic.H100, flops=1e99, exponentials=1e99, dram=1e3)  # bytes, as milliseconds
+    one, four = (triton_traffic.chunked_bound(case, [case.tokens // n] * n, peaks=peaks)["bound_ms"] for n in (1, 4))
+    heads = 2 * case.vocabulary * (2 * case.student_dim + case.teacher_dim)
+    assert four - one == pytest.approx(3 * (heads + 8 * case.vocabulary * case.student_dim))
+    # 30 bytes an entry and token, the models and what becomes of the gradients.
+    tokens = 2 * case.tokens * (2 * case.student_dim + case.teacher_dim) + 4 * case.tokens * case.student_dim
+    finish = 14 * (case.tokens + case.vocabulary) * case.student_dim
+    assert one == pytest.approx(30 * case.tokens * case.vocabulary + heads + tokens + 4 * case.vocabulary * case.student_dim + finish)
+    swept, again = (triton_traffic.bound(case, 128, 128, [case.tokens // n] * n)["dram_ms"] for n in (1, 4))
+    assert 3.5 < again / swept <= 4
+
+
+def test_sampled_columns_save_products_and_not_what_comes_before_them():
+    case = triton_traffic.Case(8192, 128256, 2048, 4096)
+    dense, sampled = (triton_traffic.chunked_bound(case, [512] * 16, fraction) for fraction in (0.0, 0.08))
+    products = 2 * case.tokens * case.vocabulary / triton_traffic.H100.flops * 1e3
+    assert dense["matrix_ms"] == pytest.approx(products * (3 * case.student_dim + case.teacher_dim))
+    assert sampled["matrix_ms"] == pytest.approx(products * (1.16 * case.student_dim + case.teacher_dim), rel=1e-4)
+    assert sampled["bound_ms"] < dense["bound_ms"] and sampled["exp_ms"] == dense["exp_ms"]

@@ -64,9 +64,9 @@ def schedule(problem: Problem) -> Schedule:
     token_bytes += problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     if keeps:
         token_bytes += problem.vocabulary * _dz_bytes(problem)
+        fixed_bytes += panel_bytes(problem)
         if not multiplies_wide(problem.device):
             token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
-            fixed_bytes += panel_bytes(problem)
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
@@ -116,7 +116,7 @@ def _run_chunked(problem, tensors, plan, compact):
 
     student_space, teacher_space = space(True), space(problem.teacher_dim)
     dz_space = space(True, problem.student_dtype) if _dz_bytes(problem) else student_space
-    dz_scale = _dz_scale(tensors.coefficients) if dz_space.dtype is torch.float16 else None
+    dz_scale = _dz_scale(problem, tensors.coefficients) if dz_space.dtype is torch.float16 else None
 
     def kernel(chunk: chunked.Chunk):
         count = chunk.student_hidden.shape[0]
@@ -141,7 +141,7 @@ def _run_chunked(problem, tensors, plan, compact):
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
     with torch.cuda.device_of(saved.student_hidden):
         dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
-        scale = _dz_scale(saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
+        scale = _dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
         kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, dtype, scale=scale)
         compact = problem.compact and not _captures(problem.device)
         outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled, compact)
@@ -155,7 +155,13 @@ def _unscaled(outputs, scale):
     return outputs
 
 
-def _dz_scale(coefficients):
-    """() float32, a power of two: what brings the largest coefficient to about 1, for float16 has no room for 1/N below it."""
-    largest = coefficients.abs().amax() if coefficients.numel() else coefficients.new_ones(())
-    return torch.where(largest > 0, torch.exp2(-torch.ceil(torch.log2(largest))), 1.0)
+def _dz_scale(problem: Problem, coefficients):
+    """() float32, a power of two: brings the largest entries of dz to about 1, for float16 has little room below 1e-4 or above 1e4."""
+    if not coefficients.numel():
+        return coefficients.new_ones(())
+    kd, ce, z_loss = coefficients.abs().amax(0).double().unbind()
+    student_scale, teacher_scale = abs(problem.student_logit_scale), abs(problem.teacher_logit_scale)
+    # A temperature above the scale of the logits flattens both softmaxes: the difference that is left goes with its inverse.
+    flattened = min(1.0, max(1.0, student_scale, teacher_scale) / problem.temperature)
+    largest = student_scale * torch.maximum(kd * (flattened / problem.temperature), torch.maximum(ce, 2 * z_loss))
+    return torch.where(largest > 0, torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-126, 126)), 1.0).float()
