@@ -18,12 +18,12 @@ from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products
 
 
-def sampled_bytes(problem: Problem, rows: bool = True) -> tuple[int, int]:
-    """Bytes that sampled products take for each token of a chunk, and beside: the kept columns of dz, twice if `rows`, for the library's
-    operations; then also their rows of the head and of d_weight; scores, probabilities and their sums."""
+def sampled_bytes(problem: Problem, library: bool) -> tuple[int, int]:
+    """Bytes that sampled products take for each token of a chunk, and beside: the kept columns of dz and of their draw; scores and
+    probabilities. By torch's operations (`library`) also what those make on their way, and the columns' rows of head and d_weight."""
     kept = problem.kept_columns
-    row_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) if rows else 0
-    return 4 * kept * (1 + rows), kept * (row_bytes + 24) + 48 * problem.vocabulary * bool(kept)
+    row_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) if library else 0
+    return (8 if library else 4) * kept, kept * (row_bytes + 24) + (48 if library else 16) * problem.vocabulary * bool(kept)
 
 
 class Sampler:

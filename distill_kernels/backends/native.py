@@ -62,7 +62,7 @@ def schedule(problem: Problem) -> Schedule:
     fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, rows=False)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=False)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,

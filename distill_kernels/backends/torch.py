@@ -32,7 +32,7 @@ def why_not(problem: Problem) -> str | None:
 def schedule(problem: Problem) -> Schedule:
     element = problem.compute_dtype.itemsize
     row_bytes = problem.vocabulary * element
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     return Schedule(
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         # The chunk's hidden states widened, and its d_hidden.

@@ -67,7 +67,7 @@ def schedule(problem: Problem) -> Schedule:
         fixed_bytes += panel_bytes(problem)
         if not multiplies_wide(problem.device):
             token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
