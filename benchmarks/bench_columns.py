@@ -142,16 +142,16 @@ def bench_chunk(benchmark, dtype, monkeypatch):
 
 
 @dtypes
-@pytest.mark.parametrize("vocabulary, dim", [(4096, 256), (4096, 2048), (16384, 576), (49152, 576)])
-@pytest.mark.parametrize("tokens", [16, 64, 128, 512])
+@pytest.mark.parametrize("vocabulary, dim", [(8192, 256), (8192, 2048), (16384, 576), (49152, 576)])
+@pytest.mark.parametrize("tokens", [16, 64, 128])
 def bench_break_even(benchmark, tokens, vocabulary, dim, dtype, monkeypatch):
     """Where sampling pays least; all of it with sampling forced, so that the bounds of `columns` can be judged."""
     monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
     tensors = cases.Case("", tokens, vocabulary, dim, dim).tensors(dtype)
     steps = {"exact": cases.forward_backward(cases.fused("native"))}
-    steps |= {f: cases.forward_backward(cases.fused("native", column_fraction=f)) for f in (0.08, 0.5)}
+    steps |= {f: cases.forward_backward(cases.fused("native", column_fraction=f)) for f in (0.08, 0.4)}
     medians = medians_of(benchmark, steps, tensors, rounds=9)
-    for name in (0.08, 0.5):
+    for name in (0.08, 0.4):
         row = {"tokens": tokens, "vocabulary": vocabulary, "dim": dim, "dtype": str(dtype).removeprefix("torch."), "variant": name}
         even_rows.append(row | {"to_exact": medians[name] / medians["exact"], "exact_milliseconds": medians["exact"] * 1e3})
         print(f"\n{even_rows[-1]}")

@@ -19,9 +19,9 @@ import torch
 UNIT = 2**32
 # Below this many tokens or columns, or above this share of them, the products saved are worth less than scoring, drawing and gathering
 # (benchmarks/results/columns_break_even.csv).
-LEAST_TOKENS = 64
-LEAST_VOCABULARY = 4096
-MOST_FRACTION = 0.5
+LEAST_TOKENS = 96
+LEAST_VOCABULARY = 8192
+MOST_FRACTION = 0.4
 _MASK = 0xFFFFFFFF
 
 

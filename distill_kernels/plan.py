@@ -76,6 +76,16 @@ def keeps_logits(problem: Problem) -> tuple[bool, str]:
     return False, "without gradients one pass over the heads sums everything, so no logits are kept"
 
 
+def _of_columns(problem: Problem) -> str:
+    if not problem.kept_columns:
+        return ""
+    most = "at most " if problem.gradient_tolerance else ""
+    kept = f"{most}{problem.kept_columns:,} of {problem.vocabulary:,} columns, drawn for each chunk"
+    return f"; gradients go over {kept}: fewer tokens to a chunk draw better, more multiply faster" + (
+        "; forward keeps them for backward" if problem.keeps_dz else ""
+    )
+
+
 def even_chunks(tokens: int, most: int, alignment: int) -> int:
     """Tokens to a chunk, at most `most`: chunks of one size, rather than a last one with a few tokens."""
     chunks = max(1, -(-tokens // most))
@@ -118,7 +128,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     eager_buffers = 5 if problem.teacher_dim else 3
     return Plan(
         schedule=schedule.name,
-        reason=schedule.reason,
+        reason=schedule.reason + _of_columns(problem),
         chunk_tokens=chunk_tokens,
         chunks=chunks,
         token_alignment=alignment,

@@ -70,14 +70,16 @@ def distillation_loss(
         token_weight (...) float: multiplies each token's loss; it does not enter the normaliser.
         ignore_index: tokens with this label are left out of everything and cost nothing; so do tokens of weight 0.
         num_items: replaces the number of valid tokens as the normaliser of "mean", for gradient accumulation; int or 0-d tensor.
-        reduction: "mean" over valid tokens, "sum", or "none": (...) per token, differentiable, at 4S + 2T instead of 3S + 1T.
+        reduction: "mean" over valid tokens, "sum", or "none": (...) per token, differentiable, at 4S + 2T instead of 3S + 1T; with a
+            column_fraction still at 1S + 1T and 2 · column_fraction · S, if the columns kept for backward, 4 bytes for each and every
+            token, fit in half of workspace_mib (and student_bias gets no gradient).
         vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
         column_fraction: of the vocabulary that the gradient products go over: 1S + 1T and 2 · column_fraction · S in place of 3S + 1T.
             The loss stays exact, the gradients of student_hidden and student_weight become unbiased estimates (see `columns` for the
             estimator, and its sources; `DistillationStats.gradient_error` for its error), that of student_bias stays exact. None: exact
-            gradients; so where sampling would not be faster (V < 4096, more than half of the columns). "auto": the smallest of 2, 4, 8,
-            16 and 32 % whose predicted relative error is within gradient_tolerance, else all; chosen on the first chunk of tokens, for
-            which a GPU is waited for.
+            gradients; so where sampling would not be faster (fewer than 96 tokens, V < 8192, more than 40 % of the columns). "auto": the
+            smallest of 2, 4, 8, 16 and 32 % whose predicted relative error is within gradient_tolerance, else all; chosen on the first
+            chunk of tokens, for which a GPU is waited for.
         gradient_tolerance: relative error of the gradients, with column_fraction="auto" only, and required there.
         seed: of the columns drawn: int, or None to draw it from torch's generator (torch.manual_seed).
         sweep, process_group: not available yet, NotImplementedError.

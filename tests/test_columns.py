@@ -360,17 +360,17 @@ def test_a_frozen_side_leaves_the_other_gradient_as_it_is(small, backend, name):
 
 @on_cpu
 def test_where_sampling_does_not_pay_everything_is_exact(backend):
-    least, most = columns.LEAST_VOCABULARY, columns.LEAST_TOKENS
-    for tokens, vocabulary, fraction in ((most, least - 1, FRACTION), (most, least, 0.51), (most - 1, least, FRACTION)):
+    least, few = columns.LEAST_VOCABULARY, columns.LEAST_TOKENS
+    for tokens, vocabulary, fraction in ((few, least - 1, FRACTION), (few, least, 0.41), (few - 1, least, FRACTION)):
         inputs = make_inputs("moderate", tokens, vocabulary, 8, 8)
         assert_same(sampled(inputs, backend, fraction=fraction), sampled(inputs, backend, fraction=None))
         inputs.student_hidden.requires_grad_()
         assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=fraction)[1].gradient_error is None
-    assert kept_columns(least, 0.5) == least // 2
+    assert kept_columns(least, 0.4) == round(0.4 * least)
     assert distillation_loss_and_stats(*inputs[:4], backend=backend)[1].gradient_error is None
-    inputs = make_inputs("moderate", most, least, 8, 8)
+    inputs = make_inputs("moderate", few, least, 8, 8)
     inputs.student_hidden.requires_grad_()
-    assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=0.5)[1].gradient_error is not None
+    assert distillation_loss_and_stats(*inputs[:4], backend=backend, column_fraction=0.4)[1].gradient_error is not None
 
 
 @on_all

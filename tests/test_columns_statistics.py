@@ -124,15 +124,15 @@ def observed_and_predicted(inputs, seeds, backend="torch", **options):
 @both
 @pytest.mark.parametrize("fraction", [0.04, 0.16])
 @pytest.mark.parametrize("family", ["moderate", "realistic"])
-def test_error_is_the_predicted_one(family, fraction, backend):
-    observed, predicted = observed_and_predicted(make_inputs(family, 64, 5000, 64, 96), 40, backend, column_fraction=fraction)
+def test_error_is_the_predicted_one(small, family, fraction, backend):
+    observed, predicted = observed_and_predicted(make_inputs(family, 48, 5000, 64, 96), 40, backend, column_fraction=fraction)
     torch.testing.assert_close(observed, predicted, rtol=0.1, atol=0)
 
 
 @both
 @pytest.mark.parametrize("tolerance", [0.5, 0.2, 0.05])
-def test_fraction_is_the_smallest_within_the_tolerance(tolerance, backend):
-    inputs = make_inputs("moderate", 64, 5000, 64, 64)
+def test_fraction_is_the_smallest_within_the_tolerance(small, tolerance, backend):
+    inputs = make_inputs("moderate", 48, 5000, 64, 64)
     errors = {f: observed_and_predicted(inputs, 10, backend, column_fraction=f)[0].max().item() for f in columns.FRACTIONS}
     fitting = [fraction for fraction, error in errors.items() if error <= tolerance]
     if fitting:
