@@ -53,7 +53,7 @@ class Sampler:
             self._sample(chunk, scores, kernels, self.kept, chunk.variance)
 
     def _sample(self, chunk, scores, kernels, kept, variance):
-        """(columns drawn, ‖·‖² of what was added to d_weight or 0); adds to `variance` (2,), if there is one."""
+        """Adds to `variance` (2,), if there is one, and then returns the columns drawn and ‖·‖² of what they added to d_weight."""
         columns, weights = kernels.draw(scores, kept, self.uniforms[chunk.index])
         dz = chunk.kept_dz if self.space is None else self.space
         kernels.gather(columns, weights, dz)

@@ -328,6 +328,15 @@ def test_loss_and_bias_gradient_stay_exact(small, backend, options):
 
 
 @on_all
+def test_bias_gradient_is_counted_once_where_no_fraction_will_do(small, backend):
+    tokens = TOKENS if backend == "triton" else 410  # several chunks
+    inputs = make_inputs("moderate", tokens, VOCABULARY, bias=True)
+    got = sampled(inputs, backend, fraction="auto", gradient_tolerance=1e-9)
+    dense = sampled(inputs, backend, fraction=None)
+    assert all(relative(got[name], dense[name]) <= 1e-5 for name in dense)
+
+
+@on_all
 def test_masked_tokens_draw_and_get_nothing(small, draws, backend):
     inputs = make_inputs("moderate", TOKENS, VOCABULARY)
     labels = make_labels(TOKENS, VOCABULARY)
@@ -488,18 +497,19 @@ def test_checkpointing_draws_the_same_again(small, backend, seed):
 
 
 @on_cpu
-def test_compiled_as_eager(small, backend):
-    inputs = make_inputs("moderate", TOKENS, VOCABULARY)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_as_eager(small, backend, reduction):
+    inputs, upstream = make_inputs("moderate", TOKENS, VOCABULARY), 1.7 if reduction == "mean" else make_token_weight(TOKENS)
     torch.compiler.reset()
     for seed in (3, None):
 
         def loss(*args, seed=seed):
-            return distillation_loss(*args, backend=backend, column_fraction=FRACTION, seed=seed)
+            return distillation_loss(*args, backend=backend, column_fraction=FRACTION, seed=seed, reduction=reduction)
 
         results = []
         for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
             torch.manual_seed(5)
-            results.append([with_gradients(function, inputs, 1.7) for _ in range(2)])
+            results.append([with_gradients(function, inputs, upstream) for _ in range(2)])
         eager, compiled = results
         for e, c in zip(eager, compiled, strict=True):
             assert_same(c, e)

@@ -166,9 +166,8 @@ class Kernels:
         self.call, self.arguments, self.stride = call, arguments, arguments["stride"]
         self.tensors = tensors  # whose addresses the arguments have: some are copies that nobody else holds
 
-    def run(self, stage, kept=None):
-        arguments = self.arguments if kept is None else self.arguments | {"kept": kept}
-        _native.run_chunk(arguments, self.call.scratch.data_ptr(), self.call.threads, INSTRUCTION_SET, stage)
+    def run(self, stage, **changed):
+        _native.run_chunk(self.arguments | changed, self.call.scratch.data_ptr(), self.call.threads, INSTRUCTION_SET, stage)
 
     @staticmethod
     def draw(scores, kept, uniform):
@@ -179,13 +178,13 @@ class Kernels:
         return columns, weights
 
     def gather(self, columns, weights, out):
-        self.run(_native.Stage.gather, (len(columns), columns.data_ptr(), weights.data_ptr(), out.data_ptr(), 0))
+        self.run(_native.Stage.gather, kept=(len(columns), columns.data_ptr(), weights.data_ptr(), out.data_ptr(), 0))
 
     def multiply(self, chunk, dz, columns, squares):
-        self.run(_native.Stage.multiply, (len(columns), columns.data_ptr(), 0, dz.data_ptr(), _address(squares)))
+        self.run(_native.Stage.multiply, kept=(len(columns), columns.data_ptr(), 0, dz.data_ptr(), _address(squares)))
 
     def exact(self, chunk):
-        self.run(_native.Stage.gradients)
+        self.run(_native.Stage.gradients, d_bias=0)  # that came with the scores
 
 
 def _nothing(problem: Problem) -> dict:
