@@ -174,7 +174,7 @@ def run_stage(name: str, out: Path, dry: bool, limit: float):
     single = {"environment": environment, "peaks": lambda: peaks(dry), "rows": lambda: rows(dry), "tests": lambda: tests(out, dry)}
     path = stage_file(name, out)
     if dry:
-        columns.LEAST_VOCABULARY = 1  # columns are to be sampled at tiny sizes too
+        columns.LEAST_TOKENS = columns.LEAST_VOCABULARY = 1  # columns are to be sampled at tiny sizes too
     if name in single:
         leave(single[name](), path)
     else:

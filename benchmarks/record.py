@@ -45,7 +45,11 @@ def write(name: str, rows: list[dict], key: tuple[str, ...]) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.csv"
     here = machine()
-    fresh = {tuple(str(row[column]) for column in key) for row in rows}
+
+    def written(value):
+        return f"{value:.6g}" if isinstance(value, float) else value
+
+    fresh = {tuple(str(written(row[column])) for column in key) for row in rows}
     if path.exists():
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if tuple(row[column] for column in key) not in fresh] + [row | here for row in rows]
@@ -53,7 +57,5 @@ def write(name: str, rows: list[dict], key: tuple[str, ...]) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (here | row).items()} for row in rows
-        )
+        writer.writerows({key: written(value) for key, value in (here | row).items()} for row in rows)
     return path

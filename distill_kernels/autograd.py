@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backends, memory
-from distill_kernels.chunked import Saved, empty_outputs
+from distill_kernels.chunked import Saved, compacts, empty_outputs
 from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
 
@@ -129,36 +129,35 @@ def multiply_kept(
     upstream: Tensor,
     kept_dz: Tensor,
     kept_columns: Tensor,
-    chunk_tokens: int,
+    compacted: bool,
     d_hidden: bool,
     d_weight: bool,
     column_fraction: float,
-    compact: bool,
     temperature: float,
     student_logit_scale: float,
     teacher_logit_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of what a forward with Problem.keeps_dz has kept; see chunked.Saved."""
-    saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens)
-    scalars = d_hidden, d_weight, column_fraction, compact, temperature, student_logit_scale, teacher_logit_scale
-    problem = _kept_problem(student_hidden, student_weight, *scalars)
+    saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, compacted)
+    scalars = d_hidden, d_weight, column_fraction, temperature, student_logit_scale, teacher_logit_scale
+    problem = _kept_problem(student_hidden, student_weight, coefficients, *scalars)
     outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
     return outputs.d_hidden, outputs.d_weight
 
 
 @multiply_kept.register_fake
-def _(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, chunk_tokens, *scalars_and_backend):
-    problem = _kept_problem(student_hidden, student_weight, *scalars_and_backend[:-1])
+def _(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, compacted, *scalars_and_backend):
+    problem = _kept_problem(student_hidden, student_weight, coefficients, *scalars_and_backend[:-1])
     outputs = empty_outputs(problem, student_hidden, None)
     return outputs.d_hidden, outputs.d_weight
 
 
 # Of the forward's problem: which gradients there are, and how large those of logits may be.
-KEPT_FIELDS = "d_hidden", "d_weight", "column_fraction", "compact", "temperature", "student_logit_scale", "teacher_logit_scale"
+KEPT_FIELDS = "d_hidden", "d_weight", "column_fraction", "temperature", "student_logit_scale", "teacher_logit_scale"
 
 
-def _kept_problem(student_hidden, student_weight, *scalars) -> Problem:
+def _kept_problem(student_hidden, student_weight, coefficients, *scalars) -> Problem:
     """The products of the student's kept columns; what their gradient is of does not matter any more."""
     return Problem(
         tokens=student_hidden.shape[0],
@@ -166,7 +165,7 @@ def _kept_problem(student_hidden, student_weight, *scalars) -> Problem:
         student_dim=student_hidden.shape[1],
         teacher_dim=0,
         student_dtype=student_hidden.dtype,
-        teacher_dtype=student_hidden.dtype,
+        teacher_dtype=coefficients.dtype,  # which is the forward's compute dtype
         device=student_hidden.device,
         divergence=None,
         cross_entropy=False,
@@ -186,7 +185,7 @@ def _save(ctx, inputs, output):
     if arguments["keeps_dz"]:
         problem, _ = _problem(**tensors._asdict(), **arguments)
         ctx.backend = backends.name_of(backends.choose(problem, arguments["backend"]))
-        ctx.chunk_tokens = backends.plan(problem, ctx.backend).chunk_tokens
+        ctx.compacted = compacts(problem)
         ctx.mark_non_differentiable(terms_, *others)
         ctx.save_for_backward(tensors.student_hidden, tensors.student_weight, tensors.coefficients, kept_dz, kept_columns)
     elif arguments["deferred"]:
@@ -206,7 +205,7 @@ def _backward(ctx, d_total, d_terms, *_):
     if ctx.scalars["keeps_dz"]:
         *inputs, kept_dz, kept_columns = ctx.saved_tensors
         scalars = (ctx.scalars[name] for name in KEPT_FIELDS)
-        gradients = *multiply_kept(*inputs, upstream, kept_dz, kept_columns, ctx.chunk_tokens, *scalars, ctx.backend), None
+        gradients = *multiply_kept(*inputs, upstream, kept_dz, kept_columns, ctx.compacted, *scalars, ctx.backend), None
     elif again:
         tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=upstream)
         gradients = terms(*tensors, *{**ctx.scalars, "deferred": False, "stats": False}.values())[2:5]

@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
     terms: torch.Tensor  # (n, 3) written
     stats: torch.Tensor | None  # (n, 6) written
     d_hidden: torch.Tensor | None  # (n, D_s) written
-    d_weight: torch.Tensor | None  # (V, D_s) written by the first chunk, added to by the others
+    d_weight: torch.Tensor | None  # (V, D_s) written by the first chunk, added to by the others; by all where columns are sampled
     d_bias: torch.Tensor | None  # (V,) likewise
     index: int
     variance: torch.Tensor | None  # (2,) added to: predicted squared error of d_hidden and d_weight; None: not wanted
@@ -77,6 +77,12 @@ def empty_outputs(problem: Problem, like: torch.Tensor, plan: Plan | None) -> Ou
     )
 
 
+def compacts(problem: Problem) -> bool:
+    """Whether masked tokens are left out: how many there are is known on the device only, and a graph that is being captured cannot wait to
+    read it."""
+    return problem.compact and not (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk], None], compact: bool | None = None) -> Outputs:
     """Runs `kernel` over every chunk of the tokens that count; `compact` False: of all, the kernel zeroing what does not count."""
     outputs = empty_outputs(problem, tensors.student_hidden, plan)
@@ -105,23 +111,23 @@ class Saved(NamedTuple):
     upstream: torch.Tensor  # (N,) multiplies a token's
     kept_dz: torch.Tensor  # as in Outputs
     kept_columns: torch.Tensor
-    chunk_tokens: int  # of the forward's plan
+    compact: bool  # whether forward left out masked tokens
+
+    def chunk_tokens(self, alignment: int) -> int:
+        """Of the forward's plan: the only such number that makes as many chunks."""
+        return even_chunks(len(self.student_hidden), -(-len(self.student_hidden) // len(self.kept_columns)), alignment)
 
 
-def multiply_kept(
-    problem: Problem, saved: Saved, token_alignment: int, kernel: Callable[[Chunk, torch.Tensor], None], compact: bool | None = None
-) -> Outputs:
+def multiply_kept(problem: Problem, saved: Saved, token_alignment: int, kernel: Callable[[Chunk, torch.Tensor], None]) -> Outputs:
     """The gradients alone, a chunk of the forward's at a time: kernel(chunk, upstream (n,))."""
     outputs = empty_outputs(replace(problem, keeps_dz=False, stats=False), saved.student_hidden, None)
-    compact = problem.compact if compact is None else compact
-    if compact:
+    if saved.compact:
         outputs.d_hidden.zero_()
     outputs.d_weight.zero_()
     read = Tensors(*(getattr(saved, name, None) for name in Tensors._fields))
     both = outputs._replace(kept_dz=saved.kept_dz, kept_columns=saved.kept_columns)
-    _over_chunks(
-        read, saved.chunk_tokens, token_alignment, lambda chunk: kernel(chunk, saved.upstream[chunk.tokens]), compact, both, None
-    )
+    chunk_tokens = saved.chunk_tokens(token_alignment)
+    _over_chunks(read, chunk_tokens, token_alignment, lambda chunk: kernel(chunk, saved.upstream[chunk.tokens]), saved.compact, both, None)
     return outputs
 
 

@@ -5,9 +5,10 @@ probability π_v = min(1, c_v / t), c_v = ‖dz[:, v]‖, t such that Σ π = K,
 
     Σ_{v kept} (1/π_v) · dz[:, v] ⊗ weight[v]        an unbiased estimate of dz · weight, and likewise of dzᵀ · hidden
 
-whatever π is, so long as it is positive where dz is not zero (Horvitz and Thompson 1952); probabilities proportional to the columns'
-norms make its variance least (Drineas, Kannan and Mahoney 2006). Columns with c_v ≥ t are kept surely and are exact; a label's column, of
-a gradient near 1, is among them by its norm and needs no rule of its own. K is fixed: so are the cost and all shapes.
+whatever π is, so long as it is positive where dz is not zero (Horvitz and Thompson 1952; norms below 1e-22, whose squares float32 does
+not have, count as zero here); probabilities proportional to the columns' norms make its variance least (Drineas, Kannan and Mahoney
+2006). Columns with c_v ≥ t are kept surely and are exact; a label's column, of a gradient near 1, is among them by its norm and needs no
+rule of its own. K is fixed: so are the cost and all shapes.
 
 The K columns are drawn by systematic sampling: with the probabilities laid end to end on a line of length K, those on which the points
 u, u + 1, …, u + K − 1 fall. One uniform u is drawn for each chunk, by Philox (Salmon et al. 2011) keyed by the seed and counting chunks.
@@ -17,17 +18,15 @@ From π on everything is integer arithmetic, in units of 2⁻³²: exact, so in 
 import torch
 
 UNIT = 2**32
-# Below this many tokens or columns, or above this share of them, the products saved are worth less than scoring, drawing and gathering
-# (benchmarks/results/columns_break_even.csv).
+# Below this many tokens or columns, or above this share of them, the products saved are worth less than scoring, drawing and gathering: by
+# what two CPU cores show (benchmarks/results/columns_break_even.csv), for want of a GPU's figures everywhere.
 LEAST_TOKENS = 96
 LEAST_VOCABULARY = 8192
 MOST_FRACTION = 0.4
-_MASK = 0xFFFFFFFF
-
-
 # What "auto" chooses among, and what it measures the error at.
 FRACTIONS = (0.02, 0.04, 0.08, 0.16, 0.32)
 TRIAL_FRACTION = 0.08
+_MASK = 0xFFFFFFFF
 
 
 def kept_columns(vocabulary: int, fraction: float) -> int:
@@ -94,8 +93,9 @@ def _threshold(scores, kept):
         threshold = torch.where(above, 0.0, scores).sum() / (kept - sure)
 
 
-def _running_sum(values, width=512):
+def _running_sum(values):
     """Of values (n,) float64, by products with triangles of ones: torch's own has no fixed order of summation on a GPU."""
+    width = 1 << (max(1, len(values) - 1).bit_length() + 1) // 2  # about √n, and so the triangles are of about n entries
     blocks = torch.nn.functional.pad(values, (0, -len(values) % width)).view(-1, width)
     upto = torch.ones(width, width, dtype=values.dtype, device=values.device).triu()
     inside = blocks @ upto

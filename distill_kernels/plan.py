@@ -80,7 +80,7 @@ def _of_columns(problem: Problem) -> str:
     if not problem.kept_columns:
         return ""
     most = "at most " if problem.gradient_tolerance else ""
-    kept = f"{most}{problem.kept_columns:,} of {problem.vocabulary:,} columns, drawn for each chunk"
+    kept = f"{most}{problem.kept_columns} of {problem.vocabulary} columns, drawn for each chunk"
     return f"; gradients go over {kept}: fewer tokens to a chunk draw better, more multiply faster" + (
         "; forward keeps them for backward" if problem.keeps_dz else ""
     )
@@ -106,7 +106,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     left -= row_tokens * schedule.row_bytes
     most = left // token_bytes // alignment * alignment
     if most < 1:
-        needed = -(-(schedule.fixed_bytes + schedule.row_bytes + alignment * token_bytes) // MIB)
+        needed = -(-(schedule.fixed_bytes + problem.tokens * saved_token_bytes + schedule.row_bytes + alignment * token_bytes) // MIB)
         raise ValueError(
             f"workspace_mib={problem.workspace_mib} cannot hold the {'logits' if schedule.keeps_logits else 'sums'} of {alignment} "
             f"token{'s' * (alignment > 1)} at vocabulary size {problem.vocabulary}; it needs at least {needed}"

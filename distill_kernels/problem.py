@@ -84,13 +84,14 @@ class Problem:
         pays = self.tokens >= columns.LEAST_TOKENS and (self.d_hidden or self.d_weight)
         return columns.kept_columns(self.vocabulary, self.column_fraction) if pays else 0
 
-
     @property
     def can_keep_dz(self) -> bool:
-        """Whether forward can keep the columns of dz that gradients made in backward go over: they take at most half of the workspace,
-        their number does not have to be found out, and d_bias, which is of all columns, is not asked for."""
-        kept_bytes = self.tokens * self.kept_columns * self.compute_dtype.itemsize
-        fits = 2 * kept_bytes <= self.workspace_mib * 2**20
+        """Whether forward can keep the columns of dz that gradients made in backward go over: they take at most half of the workspace
+        and leave room for the logits of 64 tokens, their number does not have to be found out, and d_bias, which is of all columns, is
+        not asked for."""
+        element, workspace = self.compute_dtype.itemsize, self.workspace_mib * 2**20
+        kept_bytes = self.tokens * self.kept_columns * element
+        fits = 2 * kept_bytes <= workspace and kept_bytes + 64 * 2 * self.vocabulary * element <= workspace
         return bool(self.kept_columns and fits and not self.gradient_tolerance and not self.d_bias)
 
 

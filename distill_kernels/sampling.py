@@ -21,9 +21,23 @@ from distill_kernels.products import Products
 def sampled_bytes(problem: Problem, library: bool) -> tuple[int, int]:
     """Bytes that sampled products take for each token of a chunk, and beside: the kept columns of dz and of their draw; scores and
     probabilities. By torch's operations (`library`) also what those make on their way, and the columns' rows of head and d_weight."""
-    kept = problem.kept_columns
-    row_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) if library else 0
-    return (8 if library else 4) * kept, kept * (row_bytes + 24) + (48 if library else 16) * problem.vocabulary * bool(kept)
+    kept, element = problem.kept_columns, problem.compute_dtype.itemsize
+    if not kept:
+        return 0, 0
+    of_vocabulary = 48 if library or problem.gradient_tolerance else 16
+    token_bytes, row_bytes = element * kept, 0
+    if library:
+        token_bytes += element * (kept + problem.student_dim)
+        row_bytes = min(kept, _panel_columns(problem.student_dim, problem.student_dtype, problem.compute_dtype)) * problem.student_dim
+        row_bytes *= problem.student_dtype.itemsize + element
+    return token_bytes, row_bytes + 24 * kept + of_vocabulary * problem.vocabulary
+
+
+ROWS_BYTES = 32 * 2**20  # of the head's rows that are gathered, and of d_weight's that are made, at a time
+
+
+def _panel_columns(dim, dtype, compute_dtype) -> int:
+    return max(1, ROWS_BYTES // (dim * (dtype.itemsize + compute_dtype.itemsize)))
 
 
 class Sampler:
@@ -116,21 +130,27 @@ class Library:
         torch.mul(self.dz.index_select(1, columns), weights, out=kept)
 
     def multiply(self, chunk, dz, columns, squares):
-        rows = self.weight.index_select(0, columns)
         dz = dz.view(-1)[: len(chunk.student_hidden) * len(columns)].view(-1, len(columns))
         if self.scale is not None:
             dz = dz * self.scale
         dz = dz.to(self.dtype)
-        if chunk.d_hidden is not None:
-            self.products.d_hidden(dz, rows, chunk.d_hidden)
-        if squares is not None:
-            squares[0] = rows.to(squares.dtype).square().sum(1)
-        if chunk.d_weight is not None:
-            made = chunk.d_weight.new_empty(rows.shape)
-            self.products.d_weight(dz, chunk.student_hidden, made, first=True)
-            chunk.d_weight.index_add_(0, columns, made)
+        panel = _panel_columns(self.weight.shape[1], self.weight.dtype, self.products.dtype)
+        for begin in range(0, len(columns), panel):
+            part = slice(begin, begin + panel)
+            rows = self.weight.index_select(0, columns[part])
+            if chunk.d_hidden is not None:
+                share = chunk.d_hidden if begin == 0 else torch.empty_like(chunk.d_hidden)
+                self.products.d_hidden(dz[:, part], rows, share)
+                if begin > 0:
+                    chunk.d_hidden.add_(share)
             if squares is not None:
-                squares[1] = made.square().sum(1)
+                squares[0, part] = rows.to(squares.dtype).square().sum(1)
+            if chunk.d_weight is not None:
+                made = chunk.d_weight.new_empty(rows.shape)
+                self.products.d_weight(dz[:, part], chunk.student_hidden, made, first=True)
+                chunk.d_weight.index_add_(0, columns[part], made)
+                if squares is not None:
+                    squares[1, part] = made.square().sum(1)
 
     def multiply_scaled(self, chunk, upstream):
         """`multiply` of what the chunk has kept, each token's times its upstream (n,)."""

@@ -107,7 +107,13 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
     written["squares"] = aligned(2, kept)
     lists = address(columns), address(weights), address(aligned(kept, stride)), address(written["squares"])
     addresses = {name: address(array) for name, array in sampled.items()}
-    run(arguments | addresses | {"kept": (kept, *lists)}, *(getattr(extension.Stage, name) for name in ("scores", "gather", "multiply")))
+    arguments |= addresses | {"kept": (kept, *lists)}
+    run(arguments, *(getattr(extension.Stage, name) for name in ("scores", "gather", "multiply")))
+    # The last by itself, as in a backward: without logits and teacher.
+    written["late_d_hidden"], written["late_d_weight"] = aligned(tokens, dims[0]), np.zeros((vocabulary, dims[0]), np.float32)
+    alone = {"student": arguments["student"] | {"logits": 0}, "teacher": arguments["teacher"] | {"weight": (0, 0, 0), "logits": 0}}
+    late = {name: address(written[f"late_{name}"]) for name in ("d_hidden", "d_weight")}
+    run(arguments | alone | late | {"d_bias": 0}, extension.Stage.multiply)
     return written
 
 

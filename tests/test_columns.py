@@ -292,6 +292,30 @@ def test_native_kernels_of_every_instruction_set_go_over_the_drawn_columns(small
     assert all(relative(got[name], want[name]) <= bound for name in GRADIENTS)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_scratch_is_what_every_stage_lays_out(small, monkeypatch, dtype, reduction):
+    stages = []
+
+    def run(self, stage, *, run=native.Kernels.run, **changed):
+        floats = native._native.chunk_scratch_floats(self.arguments | changed, self.call.threads, native.INSTRUCTION_SET)
+        assert 4 * floats <= self.call.scratch.nbytes, stage
+        stages.append(stage.name)
+        run(self, stage, **changed)
+
+    monkeypatch.setattr(native.Kernels, "run", run)
+    inputs, upstream = make_inputs("moderate", TOKENS, VOCABULARY, 130, 70, dtype=dtype), torch.ones(TOKENS if reduction == "none" else ())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 8, 12):
+            torch.set_num_threads(threads)
+            sampled(inputs, "native", upstream, reduction=reduction)
+            sampled(inputs, "native", upstream, reduction=reduction, fraction="auto", gradient_tolerance=1e-9)
+    finally:
+        torch.set_num_threads(before)
+    assert {"scores", "gather", "multiply", "gradients"} <= set(stages)
+
+
 @on_cpu
 def test_every_chunk_draws_anew(small, draws, backend):
     inputs = make_inputs("moderate", 400, VOCABULARY)

@@ -23,7 +23,9 @@ from accuracy import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_kernels import (
+    autograd,
     backends,
+    chunked,
     columns,
     distillation_loss,
     distillation_loss_and_stats,
@@ -260,7 +262,7 @@ def test_graph_being_captured_gets_the_same_result_without_compaction(monkeypatc
     inputs = make_inputs("moderate", bias=True).to(DEVICE)
     options = {**_there(everything(TOKENS, VOCABULARY)), "num_items": None, "reduction": "sum", "backend": "triton"}
     compacted = with_gradients(distillation_loss, inputs, 1.7, **options)
-    monkeypatch.setattr(backend, "_captures", lambda device: True)
+    not_compacted(monkeypatch)
     for reduction, upstream in (("sum", 1.7), ("none", torch.full((TOKENS,), 1.7))):
         whole = with_gradients(distillation_loss, inputs, upstream, **options | {"reduction": reduction})
         for name in compacted:
@@ -280,6 +282,13 @@ captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.ke
 @pytest.fixture
 def few_columns(monkeypatch):
     monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
+    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
+
+
+def not_compacted(monkeypatch):
+    """As where a graph is captured."""
+    for module in (chunked, autograd):
+        monkeypatch.setattr(module, "compacts", lambda problem: False)
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -313,7 +322,7 @@ def test_graph_being_captured_waits_for_nothing(options, dtype, few_columns, mon
     for name in ("run", "multiply_kept"):
         monkeypatch.setattr(backend, name, functools.partial(watched, getattr(backend, name)))
     monkeypatch.setattr(sampling, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
-    monkeypatch.setattr(backend, "_captures", lambda device: True)
+    not_compacted(monkeypatch)
     inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
     with_gradients(distillation_loss, inputs, 1.7, backend="triton", **_there(options))
     assert ran == ["run"] + ["multiply_kept"] * (options.get("reduction") == "none")
@@ -334,7 +343,7 @@ def test_cuda_graph_replays_what_calls_give(options, dtype, few_columns, monkeyp
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), monkeypatch.context() as patched:
-        patched.setattr(backend, "_captures", lambda device: True)
+        not_compacted(patched)
         step()  # compiles, which a capture may not
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -350,7 +359,8 @@ def test_cuda_graph_replays_what_calls_give(options, dtype, few_columns, monkeyp
                 options["labels"].fill_(-100)
         graph.replay()
         # With fewer tokens a product may be rounded otherwise, and near a column's edge that is enough to draw its neighbour.
-        monkeypatch.setattr(backend, "_captures", lambda device: "column_fraction" in options)
+        if "column_fraction" in options:
+            not_compacted(monkeypatch)
         for got, called in zip(replayed, step(), strict=True):
             eps = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
             torch.testing.assert_close(got, called, rtol=eps, atol=eps * called.abs().max().item())

@@ -58,10 +58,10 @@ def schedule(problem: Problem) -> Schedule:
     """Its scratch, and the chunk's gathered rows. Above eight threads it grows with their number."""
     # Linear in the tokens, but for hidden states that are padded to whole panels: the least chunk's padding bounds every other's.
     least, panel, threads = _native.token_alignment, _native.panel, torch.get_num_threads()
-    share = (_scratch_bytes(problem, 2 * panel, threads) - _scratch_bytes(problem, panel, threads)) // panel
-    fixed, fixed_of_few = (_scratch_bytes(problem, least, count) - least * share for count in (threads, 1))
-    gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     keeps, reason = keeps_logits(problem)
+    share = (_scratch_bytes(problem, 2 * panel, threads, keeps) - _scratch_bytes(problem, panel, threads, keeps)) // panel
+    fixed, fixed_of_few = (_scratch_bytes(problem, least, count, keeps) - least * share for count in (threads, 1))
+    gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=False)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
@@ -75,16 +75,16 @@ def schedule(problem: Problem) -> Schedule:
     )
 
 
-def _scratch_bytes(problem: Problem, tokens: int, threads: int) -> int:
+def _scratch_bytes(problem: Problem, tokens: int, threads: int, keeps_logits: bool) -> int:
     """The kernel's own count of its scratch for a chunk of `tokens`, a multiple of the alignment."""
-    sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem)}
+    sizes = {"tokens": tokens, "stride": tokens, **_nothing(problem, keeps_logits)}
     return 4 * _native.chunk_scratch_floats(sizes, threads, INSTRUCTION_SET)
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
-    call = Call(problem, plan.chunk_tokens)
     keeps = plan.schedule == "chunked"
+    call = Call(problem, plan.chunk_tokens, keeps)
     logits = [
         memory.empty(problem.vocabulary, plan.chunk_tokens, like=call.scratch, dtype=torch.float32) if wanted else None
         for wanted in (keeps, keeps and problem.teacher_dim)
@@ -110,7 +110,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 
 
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
-    call = Call(problem, saved.chunk_tokens)
+    alignment = schedule(problem).token_alignment
+    call = Call(problem, saved.chunk_tokens(alignment), keeps_logits=False)
     weight = _by_rows(saved.student_weight)
 
     def kernel(chunk: chunked.Chunk, upstream: torch.Tensor):
@@ -120,15 +121,15 @@ def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
         kept = chunk.kept_dz[: len(chunk.kept_columns) * kernels.stride].view(-1, kernels.stride)
         kernels.multiply(chunk, kept * padded, chunk.kept_columns, None)
 
-    return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernel)
+    return chunked.multiply_kept(problem, saved, alignment, kernel)
 
 
 class Call:
     """What the chunks of a call share: arguments, scratch, and the number of threads, read once, for the scratch is sized by it."""
 
-    def __init__(self, problem: Problem, chunk_tokens: int):
-        self.problem, self.common, self.threads = problem, _nothing(problem), torch.get_num_threads()
-        floats = _scratch_bytes(problem, chunk_tokens, self.threads) // 4
+    def __init__(self, problem: Problem, chunk_tokens: int, keeps_logits: bool):
+        self.problem, self.common, self.threads = problem, _nothing(problem, keeps_logits), torch.get_num_threads()
+        floats = _scratch_bytes(problem, chunk_tokens, self.threads, keeps_logits) // 4
         self.scratch = memory.empty(floats, like=torch.empty(0), dtype=torch.float32)
 
     def of(self, chunk: chunked.Chunk, student, teacher, scores) -> "Kernels":
@@ -187,14 +188,14 @@ class Kernels:
         self.run(_native.Stage.gradients, d_bias=0)  # that came with the scores
 
 
-def _nothing(problem: Problem) -> dict:
-    """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be."""
+def _nothing(problem: Problem, keeps_logits: bool) -> dict:
+    """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be. What is there decides how the
+    kernels lay out their scratch, so it has to be the same when they run."""
     divergence = problem.divergence
-    keeps, _ = keeps_logits(problem)
 
     def model(dim, dtype, scale, softcap):
         matrix = (1, ELEMENTS[dtype], dim) if dim else NO_MATRIX
-        logits = int(keeps and dim > 0)
+        logits = int(keeps_logits and dim > 0)
         return {"hidden": matrix, "weight": matrix, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": logits}
 
     return {

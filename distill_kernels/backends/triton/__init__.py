@@ -87,13 +87,7 @@ def _dz_bytes(problem: Problem) -> int:
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     with torch.cuda.device_of(tensors.student_hidden):
         plan = make_plan(problem, schedule(problem))
-        # How many tokens count is known on the device only, and a graph that is being captured cannot wait to read it.
-        compact = problem.compact and not _captures(problem.device)
-        return (_run_chunked if plan.schedule == "chunked" else _run_tile_fused)(problem, tensors, plan, compact)
-
-
-def _captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return (_run_chunked if plan.schedule == "chunked" else _run_tile_fused)(problem, tensors, plan, chunked.compacts(problem))
 
 
 def _run_tile_fused(problem, tensors, plan, compact):
@@ -143,8 +137,7 @@ def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
         dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
         scale = _dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
         kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, dtype, scale=scale)
-        compact = problem.compact and not _captures(problem.device)
-        outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled, compact)
+        outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
         return _unscaled(outputs, scale)
 
 
