@@ -6,6 +6,7 @@ import torch
 
 from distill_kernels import backends
 from distill_kernels import problem as contract
+from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import resolve
 from distill_kernels.plan import Plan
 
@@ -22,14 +23,14 @@ def plan(
     reduction: str = "mean",
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
-    column_fraction: float | None = None,
+    column_fraction: float | str | None = None,
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Plan:
     """Chunks, workspace, peak memory and flops of a `distillation_loss` call with N = tokens, V = vocabulary, D_s and D_t.
 
     Nothing runs and nothing is allocated; `print` the result to read it. `weight_gradient=False` is a frozen head, `teacher_dim=0` a
-    call without a teacher (kd_weight=0).
+    call without a teacher (kd_weight=0); column_fraction="auto" counts its largest choice, 32 %.
 
     Returns
         A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), gradient_bytes,
@@ -53,6 +54,8 @@ def plan(
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
+    if column_fraction == "auto":
+        column_fraction = FRACTIONS[-1]
     contract.finite_number("column_fraction", column_fraction, above=0, most=1, optional=True)
     deferred = reduction == "none"
     problem = contract.Problem(

@@ -81,7 +81,8 @@ def distillation_loss(
             smallest of 2, 4, 8, 16 and 32 % whose predicted relative error is within gradient_tolerance, else all; chosen on the first
             chunk of tokens, for which a GPU is waited for.
         gradient_tolerance: relative error of the gradients, with column_fraction="auto" only, and required there.
-        seed: of the columns drawn: int, or None to draw it from torch's generator (torch.manual_seed).
+        seed: of the columns drawn: int, or None to draw it from torch's generator (torch.manual_seed). One and the same int at every step
+            draws by the same numbers, so that errors do not average out over steps: leave it None in training.
         sweep, process_group: not available yet, NotImplementedError.
         backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
         workspace_mib: memory for logits and all else but gradients, by default 192 on CPU and 1024 on a GPU. Larger is faster where
@@ -113,7 +114,9 @@ class DistillationStats:
     top1_agreement: Tensor  # 1 where both models have the same most probable token
     tail_mass: Tensor  # student's probability on tokens to which the teacher gives less than 1e-4
     valid: Tensor  # bool: not masked, and of non-zero weight
-    gradient_error: Tensor | None = None  # (2,), not of a token: predicted relative error of d_student_hidden and d_student_weight
+    # (2,), not of a token: predicted relative error of d_student_hidden and d_student_weight, 0 where the tolerance took all columns; None
+    # where no columns were to be sampled, or sampling did not pay, or reduction="none", whose gradients are of the upstream to come.
+    gradient_error: Tensor | None = None
 
     def mean(self) -> dict[str, Tensor]:
         """Means over valid tokens, 0-d tensors."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distill_kernels
-from distill_kernels import autograd, chunked, distillation_loss, divergences
+from distill_kernels import autograd, chunked, columns, distillation_loss, divergences
 
 BACKENDS = ("torch", "native")
 REDUCTIONS = ("mean", "sum", "none")
@@ -116,6 +116,40 @@ def test_custom_op_passes_opcheck(backend, reduction, make, calls_of_op, monkeyp
     (args,) = calls_of_op
     args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
     torch.library.opcheck(autograd.terms, args)
+
+
+@pytest.fixture
+def sampling_pays():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "LEAST_TOKENS", 1)
+        patch.setattr(columns, "LEAST_VOCABULARY", 1)
+        yield
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_custom_ops_of_sampled_columns_pass_opcheck(backend, reduction, sampling_pays, calls_of_op, monkeypatch):
+    late, multiply_kept = [], autograd.multiply_kept
+    monkeypatch.setattr(autograd, "multiply_kept", lambda *args: late.append(args) or multiply_kept(*args))
+    distillation_loss(**sample(), backend=backend, reduction=reduction, column_fraction=0.3, seed=1).sum().backward()
+    monkeypatch.undo()
+    assert len(late) == (reduction == "none")
+    args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in calls_of_op[0]]
+    torch.library.opcheck(autograd.terms, args)
+    for args in late:
+        torch.library.opcheck(autograd.multiply_kept, [a.detach() if isinstance(a, torch.Tensor) else a for a in args])
+
+
+@backends
+def test_compiled_sampled_loss_is_dynamic_in_tokens(backend, sampling_pays, fresh_compiler):
+    compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (12, 20, 33):
+        call = sample(tokens=tokens) | {"backend": backend, "reduction": "none", "column_fraction": 0.3, "seed": 1}
+        want = loss_and_gradients(call, 1.7)
+        loss = compiled(**call)
+        gradients = torch.autograd.grad(loss, leaves_of(call), upstream_of(loss, 1.7))
+        for got, wanted in zip((loss, *gradients), (want[0], *want[1]), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
 @backends

@@ -483,6 +483,18 @@ def test_columns_are_kept_within_half_of_the_workspace():
     assert many.saved_bytes == 0 and many.backward_flops > many.forward_flops
 
 
+@pytest.mark.parametrize("fraction", [0.08, "auto"])
+@pytest.mark.parametrize("shape", [(8192, 262144, 2304, 3584), (4096, 128256, 4096, 4096), (512, 151936, 1024, 1024)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@on_cpu
+def test_large_heads_leave_room_for_chunks(shape, fraction, reduction, backend):
+    dense, sampled = (plan(*shape, column_fraction=f, backend=backend, reduction=reduction) for f in (None, fraction))
+    assert sampled.chunk_tokens >= 0.4 * (dense.chunk_tokens if dense.schedule == "chunked" else 64)
+    assert sampled.workspace_bytes + sampled.saved_bytes <= 192 * MIB
+    with pytest.raises(ValueError, match="cannot hold the logits of"):
+        plan(*shape, column_fraction=fraction, backend=backend, workspace_mib=1)
+
+
 # Reproducibility
 
 

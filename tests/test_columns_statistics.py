@@ -107,7 +107,8 @@ def test_biased_estimate_is_found_out(small, monkeypatch, biased, backend):
 
 def observed_and_predicted(inputs, seeds, backend="torch", **options):
     """Relative errors (2,) of d_hidden and d_weight: root mean square over seeds, and as the stats predict them."""
-    exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend)
+    plain = {name: value for name, value in options.items() if name not in ("column_fraction", "gradient_tolerance")}
+    exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend, **plain)
     observed, predicted = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
 
     def call(*args, **kwargs):
@@ -122,10 +123,11 @@ def observed_and_predicted(inputs, seeds, backend="torch", **options):
 
 
 @both
-@pytest.mark.parametrize("fraction", [0.04, 0.16])
-@pytest.mark.parametrize("family", ["moderate", "realistic"])
-def test_error_is_the_predicted_one(small, family, fraction, backend):
-    observed, predicted = observed_and_predicted(make_inputs(family, 48, 5000, 64, 96), 40, backend, column_fraction=fraction)
+@pytest.mark.parametrize("fraction, temperature", [(0.04, 1.0), (0.16, 1.0), (0.1, 2.0), (0.1, 4.0)])
+@pytest.mark.parametrize("family", ["moderate", "realistic", "flat", "peaked"])
+def test_error_is_the_predicted_one(small, family, fraction, temperature, backend):
+    inputs = make_inputs(family, 48, 3000, 64, 96)
+    observed, predicted = observed_and_predicted(inputs, 40, backend, column_fraction=fraction, temperature=temperature)
     torch.testing.assert_close(observed, predicted, rtol=0.1, atol=0)
 
 
