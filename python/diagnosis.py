@@ -54,8 +54,9 @@ def plan(
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
+    tolerance = 0.0
     if column_fraction == "auto":
-        column_fraction = FRACTIONS[-1]
+        column_fraction, tolerance = FRACTIONS[-1], 1.0  # that there is one decides what is kept, not which
     contract.finite_number("column_fraction", column_fraction, above=0, most=1, optional=True)
     deferred = reduction == "none"
     problem = contract.Problem(
@@ -72,6 +73,7 @@ def plan(
         d_hidden=hidden_gradient,
         d_weight=weight_gradient,
         column_fraction=column_fraction or 0.0,
+        gradient_tolerance=tolerance,
         workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
     )
     return backends.plan(problem, backend, deferred=deferred)
