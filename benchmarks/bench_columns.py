@@ -104,9 +104,8 @@ def bench_columns(benchmark, case, dtype):
     steps = {"products": cases.all_products(*(t.detach() for t in tensors[:2])), "forward products": cases.forward_products}
     steps["exact"] = cases.forward_backward(cases.fused("native"))
     steps |= {f: cases.forward_backward(cases.fused("native", column_fraction=f)) for f in FRACTIONS}
-    if tokens < 1024:
-        steps |= {"eager": cases.forward_backward(cases.eager)}
-        steps |= {name: cases.forward_backward(loss) for name, loss in cases.peers().items() if name == "liger"}
+    steps |= {"eager": cases.forward_backward(cases.eager)}
+    steps |= {name: cases.forward_backward(loss) for name, loss in cases.peers().items() if name == "liger"}
     medians = medians_of(benchmark, steps, tensors)
     here = {"case": case, "tokens": tokens, "vocabulary": len(tensors[1]), "dtype": str(dtype).removeprefix("torch.")}
     for name, median in medians.items():
