@@ -51,8 +51,8 @@ MINUTES = 8.0
 STAGE_SECONDS = {"environment": 60, "peaks": 40, "rows": 40, "tests": 170}
 CASE_SECONDS = 60
 TEST_PROCESSES = max(1, min(12, (os.cpu_count() or 1) // 2))
-TEST_FILES = ("tests/test_triton.py", "tests/test_columns.py")
-# All of the former (its name has the word), and of the latter what runs on this backend.
+TEST_FILES = ("tests/test_triton.py", "tests/test_triton_graphs.py", "tests/test_columns.py")
+# All of the first two (their names have the word), and of the last what runs on this backend.
 TESTS = "triton or every_backend"
 DRY_TESTS = "(test_divergence_alone and forward_kl) or (drawn_columns and triton)"
 

@@ -30,8 +30,8 @@ from distill_kernels.problem import Problem, Tensors, check_labels
 
 
 def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)); total () is differentiable unless `deferred`, terms are if
-    `deferred`, unless `problem.keeps_dz`: then total (N,) is."""
+    """(total, terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)). total is differentiable: (), or if `deferred` that of each
+    token, (N,); terms are, if it is made of them in the end, which is so where `deferred` and no columns are sampled."""
     problem = replace(problem, keeps_dz=deferred and problem.can_keep_dz)
     divergence = problem.divergence
     total, terms_, _, _, _, stats, gradient_error, _, _ = terms(
@@ -42,6 +42,8 @@ def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> 
         backend,
         deferred,
     )
+    if deferred and not problem.keeps_dz:
+        total = (tensors.coefficients * terms_).sum(-1)
     return total, terms_, stats, gradient_error
 
 

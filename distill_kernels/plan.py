@@ -81,9 +81,8 @@ def _of_columns(problem: Problem) -> str:
         return ""
     most = "at most " if problem.gradient_tolerance else ""
     kept = f"{most}{problem.kept_columns} of {problem.vocabulary} columns, drawn for each chunk"
-    return f"; gradients go over {kept}: fewer tokens to a chunk draw better, more multiply faster" + (
-        "; forward keeps them for backward" if problem.keeps_dz else ""
-    )
+    until = ", and kept for backward" if problem.keeps_dz else ""
+    return f"; gradients go over {kept}{until}: fewer tokens to a chunk draw better, more multiply faster"
 
 
 def even_chunks(tokens: int, most: int, alignment: int) -> int:

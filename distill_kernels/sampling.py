@@ -120,8 +120,10 @@ class Library:
         self.products, self.weight = products, weight
         self.dtype = dtype  # of dz in products
         self.dz = dz  # (n, V) of the chunk at hand; None: there are kept columns only
-        self.draw = draw
         self.scale = scale  # () of `dz` and of the gradients, which the caller divides by it; kept columns have none
+
+    def draw(self, scores, kept, uniform):
+        return draw(scores, kept, uniform)
 
     def gather(self, columns, weights, out):
         if self.scale is not None:

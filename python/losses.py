@@ -288,9 +288,9 @@ def _distillation_loss(
     deferred = options["reduction"] == "none"
     if problem.kept_columns:
         tensors = tensors._replace(seed=_seed(options["seed"], student_hidden.device))
-    loss, terms, per_token, gradient_error = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
+    loss, _, per_token, gradient_error = autograd.run(problem, tensors, backend=options["backend"], deferred=deferred)
     if deferred:
-        loss = (loss if loss.dim() else (coefficients * terms).sum(-1)).view(tokens)
+        loss = loss.view(tokens)
     return loss, per_token.view(*tokens, len(contract.STATS)) if stats else None, valid & (factor != 0), gradient_error
 
 

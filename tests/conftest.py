@@ -1,8 +1,34 @@
-"""Before any test imports triton: without a GPU its kernels run on CPU tensors, in the interpreter."""
+"""Before any test imports triton: without a GPU its kernels run on CPU tensors, in the interpreter. And fixtures of several files."""
 
+import contextlib
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def guarded():
+    """Triton's kernels run in shuffled order, with bounds and races checked, and allocations full of NaN; not on a GPU."""
+    import triton_guard
+
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            triton_guard.install()
+            stack.enter_context(triton_guard.check(order="shuffle", races=True))
+            stack.enter_context(triton_guard.poisoned_allocations())
+        yield
+
+
+@pytest.fixture
+def sampling_pays():
+    """Columns are sampled for any number of tokens and any vocabulary: a few hundred columns are enough for a test."""
+    from distill_kernels import columns
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "LEAST_TOKENS", 1)
+        patch.setattr(columns, "LEAST_VOCABULARY", 1)
+        yield

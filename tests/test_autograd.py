@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distill_kernels
-from distill_kernels import autograd, chunked, columns, distillation_loss, divergences
+from distill_kernels import autograd, chunked, distillation_loss, divergences
 
 BACKENDS = ("torch", "native")
 REDUCTIONS = ("mean", "sum", "none")
@@ -116,14 +116,6 @@ def test_custom_op_passes_opcheck(backend, reduction, make, calls_of_op, monkeyp
     (args,) = calls_of_op
     args = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
     torch.library.opcheck(autograd.terms, args)
-
-
-@pytest.fixture
-def sampling_pays():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "LEAST_TOKENS", 1)
-        patch.setattr(columns, "LEAST_VOCABULARY", 1)
-        yield
 
 
 @backends

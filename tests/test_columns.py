@@ -1,7 +1,5 @@
-"""Column-sampled gradients: the sampler alone, what the backends make of a draw, and that the estimate errs as it says, by no bias.
-
-Sampling pays for large vocabularies only; most tests lower the bound on the vocabulary, so that a few hundred columns are enough.
-"""
+"""Column-sampled gradients: what the backends make of a draw. The draw itself is test_columns_draw.py's, the estimate's bias and error
+test_columns_statistics.py's."""
 
 import contextlib
 
@@ -12,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import chunked, columns, distillation_loss, distillation_loss_and_stats, plan, reference, sampling
 from distill_kernels.backends import native
-from distill_kernels.columns import UNIT, draw, inclusion, kept_columns, philox
+from distill_kernels.columns import kept_columns, philox
 from distill_kernels.plan import MIB
 from distill_kernels.problem import Problem
 
@@ -23,13 +21,6 @@ ALL_BACKENDS = [*BACKENDS, "triton"]
 on_all = pytest.mark.parametrize("backend", ALL_BACKENDS)
 on_cpu = pytest.mark.parametrize("backend", BACKENDS)
 GRADIENTS = ("d_student_hidden", "d_student_weight")
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Sampling from 64 columns on."""
-    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
 
 
 def sampled(inputs, backend="torch", upstream=1.0, seed=3, fraction=FRACTION, **options):
@@ -50,178 +41,13 @@ def relative(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-# The sampler
-
-
-def plain_philox(counter, key):
-    """Philox-4x32-10 in Python's integers, all four words of it."""
-    counter, key = list(counter), list(key)
-    for _ in range(10):
-        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [second >> 32 ^ counter[1] ^ key[0], second % UNIT, first >> 32 ^ counter[3] ^ key[1], first % UNIT]
-        key = [(key[0] + 0x9E3779B9) % UNIT, (key[1] + 0xBB67AE85) % UNIT]
-    return tuple(counter)
-
-
-def test_philox_is_the_published_one():
-    # Known answers of Random123. Only the first of them has zeros in the words that the sampler leaves at zero.
-    assert plain_philox((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert plain_philox((UNIT - 1,) * 4, (UNIT - 1,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
-    assert plain_philox(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-    assert philox(torch.tensor(0), torch.tensor([0])).tolist() == [0x6627E8D5]
-
-    generator = torch.Generator().manual_seed(0)
-    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, *torch.randint(2**63 - 1, (20,), generator=generator).tolist()]
-    counters = torch.cat([torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1]), torch.randint(2**63 - 1, (20,), generator=generator)])
-    for seed in seeds:
-        want = [plain_philox((c % UNIT, c // UNIT, 0, 0), (seed % UNIT, seed // UNIT))[0] for c in counters.tolist()]
-        assert philox(torch.tensor(seed), counters).tolist() == want
-
-
-class OnDevice(torch.Tensor):
-    """Of a CPU tensor that says it is a GPU's: takes the way to the threshold by sorting."""
-
-    is_cuda = property(lambda self: True)
-
-
-thresholds = pytest.mark.parametrize("kind", [torch.Tensor, OnDevice, "native"], ids=["loop", "sort", "native"])
-
-
-def _scores():
-    generator = torch.Generator().manual_seed(0)
-    uniform, normal = torch.rand(500, generator=generator), torch.randn(500, generator=generator)
-    few, one_hot = torch.zeros(500), torch.zeros(500)
-    few[[5, 9, 200]] = torch.tensor([1.0, 1e-3, 1e-20])
-    one_hot[77] = 1.0
-    huge, spikes = uniform.clone(), uniform.clone()
-    huge[7] = 1e30
-    spikes[40:400:40] = 1e6
-    return {
-        "uniform": uniform, "spread": (2 * normal).exp(), "zero": torch.zeros(500), "one_hot": one_hot, "few": few, "huge": huge,
-        "equal": torch.full((500,), 0.1), "spikes": spikes, "decades": torch.logspace(0, -30, 500), "wide": (10 * normal).exp(),
-        "denormal": torch.full((500,), 1e-45),
-    }  # fmt: skip
-
-
-SCORES = _scores()
-scores_and_kept = pytest.mark.parametrize("kept", [1, 2, 40, 250, 499, 500])
-named_scores = pytest.mark.parametrize("name", SCORES)
-
-
-def bisected(scores, kept):
-    """min(1, c/t) for the t at which they sum to `kept`, or None where no t makes so many of them."""
-    if (scores > 0).sum() <= kept:
-        return None
-    low, high = -1000.0, 1000.0  # log2 t
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (scores / 2.0**middle).clamp(max=1).sum() > kept else (low, middle)
-    return (scores / 2.0**high).clamp(max=1)
-
-
-def units_of(scores, kept, kind=torch.Tensor):
-    if kind != "native":
-        return inclusion(scores.as_subclass(kind), kept).as_subclass(torch.Tensor)
-    units, columns, weights = torch.empty(len(scores), dtype=torch.int64), torch.empty(kept, dtype=torch.int64), torch.empty(kept)
-    scores = scores.float()
-    native._native.draw_columns(*(scores.data_ptr(), len(scores), kept, 0), *(t.data_ptr() for t in (units, columns, weights)))
-    return units
-
-
-def draws_of(scores, kept, uniform, kind):
-    return native.Kernels.draw(scores.float(), kept, uniform) if kind == "native" else draw(scores.as_subclass(kind), kept, uniform)
-
-
-@thresholds
-@scores_and_kept
-@named_scores
-def test_inclusion_is_proportional_up_to_one_and_sums_to_what_is_kept(name, kept, kind):
-    scores = SCORES[name]
-    units = units_of(scores, kept, kind)
-    assert units.dtype == torch.int64
-    assert int(units.sum()) == kept * UNIT
-    assert int(units.min()) >= 0 and int(units.max()) <= UNIT
-    assert (units[scores > 0] > 0).all()
-    want = bisected(scores.double().clamp(max=1e40), kept)
-    if want is None:  # all that have a score, surely, and of the others equally many
-        others = units[scores == 0]
-        assert (units[scores > 0] == UNIT).all()
-        assert others.numel() == 0 or int(others.max() - others.min()) <= len(scores)
-        return
-    off = (units - (want * UNIT).round().long()).abs().sort(descending=True).values
-    # A unit by rounding or for being positive, and a few parts in 1e13 of t; on one column what the others were off by.
-    assert off[0] <= 2 * len(scores) and (off[1:] <= 2).all(), off[:3]
-
-
-@thresholds
-@pytest.mark.parametrize("columns_", [4099, 4111])
-def test_a_column_that_is_almost_sure_is_not_more_than_sure(columns_, kind):
-    """What rounding leaves over, of thousands of columns, is more than such a column has room for."""
-    scores = torch.full((columns_,), 1.0000001 / (columns_ - 1), dtype=torch.float64)
-    scores[0] = 1.0
-    assert int(units_of(scores, 2, kind).max()) <= UNIT
-    assert len(set(draws_of(scores, 2, torch.tensor(0), kind)[0].tolist())) == 2
-
-
-@thresholds
-def test_columns_of_next_to_no_score_keep_a_positive_probability(kind):
-    """Each has a unit at least; where all the probability is on K others, those have to give it up."""
-    scores = torch.full((VOCABULARY,), 1e-15)
-    scores[100:104] = 1.0
-    assert int(units_of(scores, 4, kind).min()) > 0
-
-
-@pytest.mark.parametrize("kind", [torch.Tensor, "native"], ids=["loop", "native"])
-@scores_and_kept
-@named_scores
-def test_draws_distinct_ascending_columns_and_the_sure_ones_always(name, kept, kind):
-    scores = SCORES[name]
-    units = units_of(scores, kept, kind)
-    for uniform in (0, 1, UNIT // 3, UNIT - 1):
-        drawn, weights = draws_of(scores, kept, torch.tensor(uniform), kind)
-        if kind == "native":  # the same as the other's, but for what the order of summation does to a probability's last unit
-            assert torch.equal(drawn, draw(scores, kept, torch.tensor(uniform))[0])
-        assert drawn.shape == weights.shape == (kept,) and drawn.dtype == torch.int64 and weights.dtype == torch.float32
-        assert (drawn.diff() > 0).all() and drawn[0] >= 0 and drawn[-1] < len(scores)
-        assert torch.isin((units == UNIT).nonzero().flatten(), drawn).all()
-        assert (units[drawn] > 0).all()
-        torch.testing.assert_close(weights.double(), UNIT / units[drawn].double(), rtol=1e-7, atol=0)
-
-
-@pytest.mark.parametrize("name", ["uniform", "spread", "zero", "few", "spikes", "wide"])
-def test_columns_are_drawn_as_often_as_they_should(name):
-    """Over evenly spaced uniforms a column's points fall evenly on it: the count is right to one."""
-    steps, kept = 2048, 40
-    counts = torch.zeros(500)
-    for step in range(steps):
-        counts[draw(SCORES[name], kept, torch.tensor(step * (UNIT // steps)))[0]] += 1
-    probability = inclusion(SCORES[name], kept).double() / UNIT
-    assert counts.sum() == steps * kept
-    assert (counts / steps - probability).abs().max() <= 1 / steps
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", [slice(7, 8), slice(None)], ids=["one", "all"])
-@thresholds
-def test_scores_that_are_not_finite_draw_columns_that_exist(bad, where, kind):
-    """Nothing sensible can be drawn; but an index out of range would bring a GPU's whole process down."""
-    scores = SCORES["uniform"].clone()
-    scores[where] = bad
-    drawn, _ = (x.as_subclass(torch.Tensor) for x in draws_of(scores, 40, torch.tensor(12345), kind))
-    assert drawn.shape == (40,) and drawn.min() >= 0 and drawn.max() < len(scores)
-
-
 @on_cpu
-def test_an_input_that_is_not_finite_shows_in_both_gradients(small, backend):
+def test_an_input_that_is_not_finite_shows_in_both_gradients(sampling_pays, backend):
     """A loss scaler looks for it there."""
     inputs = make_inputs("moderate", TOKENS, VOCABULARY)
     inputs.student_hidden[2, 3] = float("nan")
     got = sampled(inputs, backend)
     assert got["d_student_hidden"][2].isnan().all() and got["d_student_weight"].isnan().any()
-
-
-# What the backends make of a draw
 
 
 @pytest.fixture
@@ -266,7 +92,7 @@ def from_draws(inputs, draws, upstream=1.0, **options):
 
 @on_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_are_those_of_the_drawn_columns(small, draws, backend, dtype):
+def test_gradients_are_those_of_the_drawn_columns(sampling_pays, draws, backend, dtype):
     inputs = make_inputs("moderate", TOKENS, VOCABULARY, dtype=dtype)
     got = sampled(inputs, backend, temperature=2.0)
     want = from_draws(inputs, draws, temperature=2.0)
@@ -280,7 +106,7 @@ def test_gradients_are_those_of_the_drawn_columns(small, draws, backend, dtype):
 @pytest.mark.parametrize("isa", native.instruction_sets())
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_native_kernels_of_every_instruction_set_go_over_the_drawn_columns(small, draws, monkeypatch, dtype, reduction, isa):
+def test_native_kernels_of_every_instruction_set_go_over_the_drawn_columns(sampling_pays, draws, monkeypatch, dtype, reduction, isa):
     """Several chunks, blocks of columns and groups of blocks, all of them ragged."""
     monkeypatch.setattr(native, "INSTRUCTION_SET", isa)
     tokens, vocabulary = 211, 10100
@@ -294,7 +120,7 @@ def test_native_kernels_of_every_instruction_set_go_over_the_drawn_columns(small
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_native_scratch_is_what_every_stage_lays_out(small, monkeypatch, dtype, reduction):
+def test_native_scratch_is_what_every_stage_lays_out(sampling_pays, monkeypatch, dtype, reduction):
     stages = []
 
     def run(self, stage, *, run=native.Kernels.run, **changed):
@@ -317,7 +143,7 @@ def test_native_scratch_is_what_every_stage_lays_out(small, monkeypatch, dtype, 
 
 
 @on_cpu
-def test_every_chunk_draws_anew(small, draws, backend):
+def test_every_chunk_draws_anew(sampling_pays, draws, backend):
     inputs = make_inputs("moderate", 400, VOCABULARY)
     got = sampled(inputs, backend, seed=11)
     assert len(draws) > 1
@@ -327,7 +153,7 @@ def test_every_chunk_draws_anew(small, draws, backend):
     assert all(relative(got[name], want[name]) <= 1e-5 for name in GRADIENTS)
 
 
-def test_every_backend_keeps_the_same_columns(small):
+def test_every_backend_keeps_the_same_columns(sampling_pays):
     inputs = make_inputs("realistic", TOKENS, VOCABULARY)
     for seed in range(3):
         first, *others = (
@@ -343,7 +169,7 @@ def test_every_backend_keeps_the_same_columns(small):
 
 @on_all
 @pytest.mark.parametrize("options", [{}, everything(TOKENS, VOCABULARY), {"reduction": "none"}], ids=["plain", "everything", "none"])
-def test_loss_and_bias_gradient_stay_exact(small, backend, options):
+def test_loss_and_bias_gradient_stay_exact(sampling_pays, backend, options):
     inputs = make_inputs("realistic", TOKENS, VOCABULARY, bias=True)
     got, dense = sampled(inputs, backend, **options), sampled(inputs, backend, fraction=None, **options)
     assert torch.equal(got["loss"], dense["loss"])
@@ -352,7 +178,7 @@ def test_loss_and_bias_gradient_stay_exact(small, backend, options):
 
 
 @on_all
-def test_bias_gradient_is_counted_once_where_no_fraction_will_do(small, backend):
+def test_bias_gradient_is_counted_once_where_no_fraction_will_do(sampling_pays, backend):
     tokens = TOKENS if backend == "triton" else 410  # several chunks
     inputs = make_inputs("moderate", tokens, VOCABULARY, bias=True)
     got = sampled(inputs, backend, fraction="auto", gradient_tolerance=1e-9)
@@ -361,7 +187,7 @@ def test_bias_gradient_is_counted_once_where_no_fraction_will_do(small, backend)
 
 
 @on_all
-def test_masked_tokens_draw_and_get_nothing(small, draws, backend):
+def test_masked_tokens_draw_and_get_nothing(sampling_pays, draws, backend):
     inputs = make_inputs("moderate", TOKENS, VOCABULARY)
     labels = make_labels(TOKENS, VOCABULARY)
     valid = labels != -100
@@ -378,7 +204,7 @@ def test_masked_tokens_draw_and_get_nothing(small, draws, backend):
 
 @on_all
 @pytest.mark.parametrize("name", ["student_hidden", "student_weight"])
-def test_a_frozen_side_leaves_the_other_gradient_as_it_is(small, backend, name):
+def test_a_frozen_side_leaves_the_other_gradient_as_it_is(sampling_pays, backend, name):
     device = DEVICE if backend == "triton" else "cpu"
     inputs = make_inputs("moderate", TOKENS, VOCABULARY)
     both = sampled(inputs, backend)
@@ -409,7 +235,7 @@ def test_where_sampling_does_not_pay_everything_is_exact(backend):
 @on_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [TOKENS, 410])
-def test_per_token_losses_keep_the_columns_that_their_gradients_are_made_of(small, draws, backend, dtype, tokens):
+def test_per_token_losses_keep_the_columns_that_their_gradients_are_made_of(sampling_pays, draws, backend, dtype, tokens):
     if backend == "triton" and tokens > TOKENS and DEVICE == "cpu":
         pytest.skip("minutes in the interpreter")
     inputs = make_inputs("moderate", tokens, VOCABULARY, dtype=dtype)
@@ -437,7 +263,7 @@ def multiplied_anew():
 
 
 @on_all
-def test_per_token_losses_with_masks_and_a_second_backward(small, draws, backend):
+def test_per_token_losses_with_masks_and_a_second_backward(sampling_pays, draws, backend):
     device = DEVICE if backend == "triton" else "cpu"
     inputs, labels = make_inputs("moderate", TOKENS, VOCABULARY), make_labels(TOKENS, VOCABULARY)
     valid, upstream = labels != -100, make_token_weight(TOKENS)
@@ -458,7 +284,7 @@ def test_per_token_losses_with_masks_and_a_second_backward(small, draws, backend
 
 
 @on_cpu
-def test_per_token_losses_draw_anew_where_columns_cannot_be_kept(small, draws, backend, monkeypatch):
+def test_per_token_losses_draw_anew_where_columns_cannot_be_kept(sampling_pays, draws, backend, monkeypatch):
     """With the bias's gradient, which is of all columns; with a tolerance; and beyond half of the workspace."""
     tokens, upstream = 40, make_token_weight(40)
     inputs = make_inputs("moderate", tokens, VOCABULARY)
@@ -499,7 +325,7 @@ def test_large_heads_leave_room_for_chunks(shape, fraction, reduction, backend):
 
 
 @on_cpu
-def test_the_seed_and_nothing_else_fixes_the_draw(small, backend):
+def test_the_seed_and_nothing_else_fixes_the_draw(sampling_pays, backend):
     inputs = make_inputs("moderate", TOKENS, VOCABULARY)
     torch.manual_seed(5)
     first, second = sampled(inputs, backend, seed=None), sampled(inputs, backend, seed=None)
@@ -518,7 +344,7 @@ def test_the_seed_and_nothing_else_fixes_the_draw(small, backend):
 
 @on_cpu
 @pytest.mark.parametrize("seed", [None, 3])
-def test_checkpointing_draws_the_same_again(small, backend, seed):
+def test_checkpointing_draws_the_same_again(sampling_pays, backend, seed):
     def gradients(call):
         inputs = make_inputs("moderate", TOKENS, VOCABULARY)
         leaves = [x.requires_grad_() for x in inputs[:2]]
@@ -534,7 +360,7 @@ def test_checkpointing_draws_the_same_again(small, backend, seed):
 
 @on_cpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_as_eager(small, backend, reduction):
+def test_compiled_as_eager(sampling_pays, backend, reduction):
     inputs, upstream = make_inputs("moderate", TOKENS, VOCABULARY), 1.7 if reduction == "mean" else make_token_weight(TOKENS)
     torch.compiler.reset()
     for seed in (3, None):

@@ -15,13 +15,6 @@ GRADIENTS = ("d_student_hidden", "d_student_weight")
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Sampling at a vocabulary where hundreds of calls take a second."""
-    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
-
-
 def deviations(inputs, fraction, backend="torch", **options):
     """For both gradients: the exact one, and over SEEDS seeds the mean and the standard error of the sampled one, entry by entry."""
     exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend, **options)
@@ -66,17 +59,17 @@ CASES = {
 
 @both
 @pytest.mark.parametrize("family, options", CASES.values(), ids=CASES.keys())
-def test_mean_over_seeds_is_the_exact_gradient(small, family, options, backend):
+def test_mean_over_seeds_is_the_exact_gradient(sampling_pays, family, options, backend):
     assert_unbiased(make_inputs(family, TOKENS, VOCABULARY, 16, 24), backend=backend, **options)
 
 
-def test_mean_over_seeds_is_the_exact_gradient_near_the_teacher(small):
+def test_mean_over_seeds_is_the_exact_gradient_near_the_teacher(sampling_pays):
     inputs = make_inputs("equal", TOKENS, VOCABULARY, 16, 16)
     nudged = inputs.student_hidden + 0.01 * torch.randn(inputs.student_hidden.shape, generator=torch.Generator().manual_seed(1))
     assert_unbiased(Inputs(nudged, *inputs[1:]))
 
 
-def test_mean_converges_with_the_root_of_the_number_of_seeds(small, monkeypatch):
+def test_mean_converges_with_the_root_of_the_number_of_seeds(sampling_pays, monkeypatch):
     inputs = make_inputs("moderate", TOKENS, VOCABULARY, 16, 24)
     off = {}
     for count in (25, 400):
@@ -98,7 +91,7 @@ def five_percent_high(scores, kept, uniform):
 
 @both
 @pytest.mark.parametrize("biased", [unweighted, five_percent_high])
-def test_biased_estimate_is_found_out(small, monkeypatch, biased, backend):
+def test_biased_estimate_is_found_out(sampling_pays, monkeypatch, biased, backend):
     monkeypatch.setattr(sampling, "draw", biased)
     monkeypatch.setattr(native.Kernels, "draw", staticmethod(biased))
     with pytest.raises(AssertionError, match="standard errors"):
@@ -125,7 +118,7 @@ def observed_and_predicted(inputs, seeds, backend="torch", **options):
 @both
 @pytest.mark.parametrize("fraction, temperature", [(0.04, 1.0), (0.16, 1.0), (0.1, 2.0), (0.1, 4.0)])
 @pytest.mark.parametrize("family", ["moderate", "realistic", "flat", "peaked"])
-def test_error_is_the_predicted_one(small, family, fraction, temperature, backend):
+def test_error_is_the_predicted_one(sampling_pays, family, fraction, temperature, backend):
     inputs = make_inputs(family, 48, 3000, 64, 96)
     observed, predicted = observed_and_predicted(inputs, 40, backend, column_fraction=fraction, temperature=temperature)
     torch.testing.assert_close(observed, predicted, rtol=0.1, atol=0)
@@ -133,7 +126,7 @@ def test_error_is_the_predicted_one(small, family, fraction, temperature, backen
 
 @both
 @pytest.mark.parametrize("tolerance", [0.5, 0.2, 0.05])
-def test_fraction_is_the_smallest_within_the_tolerance(small, tolerance, backend):
+def test_fraction_is_the_smallest_within_the_tolerance(sampling_pays, tolerance, backend):
     inputs = make_inputs("moderate", 48, 5000, 64, 64)
     errors = {f: observed_and_predicted(inputs, 10, backend, column_fraction=f)[0].max().item() for f in columns.FRACTIONS}
     fitting = [fraction for fraction, error in errors.items() if error <= tolerance]

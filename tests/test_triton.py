@@ -1,8 +1,6 @@
 """The Triton backend against the float64 reference: on a GPU if there is one, else in Triton's interpreter under `triton_guard`."""
 
-import contextlib
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -20,45 +18,30 @@ from accuracy import (
     make_token_weight,
     with_gradients,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_kernels import (
-    autograd,
     backends,
-    chunked,
-    columns,
     distillation_loss,
     distillation_loss_and_stats,
     divergences,
     plan,
     reference,
-    sampling,
     token_logprobs,
 )
 from distill_kernels.backends import triton as backend
 from distill_kernels.problem import Problem
 
-triton_guard = pytest.importorskip("triton_guard", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip("triton_guard", reason="triton is not installed", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
+pytestmark = pytest.mark.usefixtures("guarded")
 TOKENS, VOCABULARY = 21, 300
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 TWO = pytest.mark.parametrize("divergence", ["forward_kl", divergences.jensen_shannon(0.3)], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 # Gradients of logits are rounded to the 16-bit dtype of the inputs before their products, which eager does not do.
 SLACK_16 = 2
-
-
-@pytest.fixture(autouse=True)
-def guarded():
-    """Everything runs in shuffled order, with bounds and races checked, and allocations full of NaN."""
-    with contextlib.ExitStack() as stack:
-        if not ON_GPU:
-            triton_guard.install()
-            stack.enter_context(triton_guard.check(order="shuffle", races=True))
-            stack.enter_context(triton_guard.poisoned_allocations())
-        yield
 
 
 def check(inputs, **options):
@@ -257,135 +240,6 @@ def test_masked_tokens_may_hold_anything(monkeypatch):
             assert torch.equal(clean[name], got[name]), name
 
 
-def test_graph_being_captured_gets_the_same_result_without_compaction(monkeypatch):
-    # A capture cannot wait for the number of tokens that count: all go through, and what is masked gives zeros.
-    inputs = make_inputs("moderate", bias=True).to(DEVICE)
-    options = {**_there(everything(TOKENS, VOCABULARY)), "num_items": None, "reduction": "sum", "backend": "triton"}
-    compacted = with_gradients(distillation_loss, inputs, 1.7, **options)
-    not_compacted(monkeypatch)
-    for reduction, upstream in (("sum", 1.7), ("none", torch.full((TOKENS,), 1.7))):
-        whole = with_gradients(distillation_loss, inputs, upstream, **options | {"reduction": reduction})
-        for name in compacted:
-            value = whole[name].sum() if name == "loss" else whole[name]
-            torch.testing.assert_close(value, compacted[name], rtol=1e-5, atol=1e-6 * compacted[name].abs().max().item())
-
-
-CAPTURED = {
-    "everything": everything(TOKENS, VOCABULARY) | {"num_items": None},
-    "sampled": {"column_fraction": 0.08, "seed": 3},
-    "sampled, kept for backward": {"labels": make_labels(TOKENS, VOCABULARY), "column_fraction": 0.08, "seed": 3, "reduction": "none"},
-    "masked and sampled": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.08, "seed": 3},
-}
-captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
-
-
-@pytest.fixture
-def few_columns(monkeypatch):
-    monkeypatch.setattr(columns, "LEAST_VOCABULARY", 64)
-    monkeypatch.setattr(columns, "LEAST_TOKENS", 1)
-
-
-def not_compacted(monkeypatch):
-    """As where a graph is captured."""
-    for module in (chunked, autograd):
-        monkeypatch.setattr(module, "compacts", lambda problem: False)
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Refuses what on a GPU waits for a result: a number of a tensor's, or how many of its elements are true."""
-
-    WAITING = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = name == "index" and any(index is not None and index.dtype is torch.bool for index in args[1])
-        assert name not in self.WAITING and not masks, f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
-
-
-class OnDevice(torch.Tensor):
-    """Of a CPU tensor that says it is a GPU's."""
-
-    is_cuda = property(lambda self: True)
-
-
-@captured
-@DTYPES
-def test_graph_being_captured_waits_for_nothing(options, dtype, few_columns, monkeypatch):
-    ran, draw = [], sampling.draw
-
-    def watched(function, *arguments):
-        ran.append(function.__name__)
-        with NothingIsRead():
-            return function(*arguments)
-
-    for name in ("run", "multiply_kept"):
-        monkeypatch.setattr(backend, name, functools.partial(watched, getattr(backend, name)))
-    monkeypatch.setattr(sampling, "draw", lambda scores, *rest: draw(scores.as_subclass(OnDevice), *rest))
-    not_compacted(monkeypatch)
-    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
-    with_gradients(distillation_loss, inputs, 1.7, backend="triton", **_there(options))
-    assert ran == ["run"] + ["multiply_kept"] * (options.get("reduction") == "none")
-
-
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
-@captured
-@DTYPES
-def test_cuda_graph_replays_what_calls_give(options, dtype, few_columns, monkeypatch):
-    inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
-    leaves, teacher = [x.requires_grad_() for x in inputs[:2]], inputs[2:4]
-    options = _there(options)
-
-    def step():
-        loss = distillation_loss(*leaves, *teacher, backend="triton", **options)
-        return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 1.7))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), monkeypatch.context() as patched:
-        not_compacted(patched)
-        step()  # compiles, which a capture may not
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = step()
-    for seed in range(3):
-        with torch.no_grad():
-            for there, other in zip(inputs[:4], make_inputs("realistic", dtype=dtype, seed=seed)[:4], strict=True):
-                there.copy_(other)
-        if "labels" in options:  # other tokens are masked, in the end all of them
-            options["labels"].copy_(make_labels(TOKENS, VOCABULARY, seed=seed))
-            if seed == 2:
-                options["labels"].fill_(-100)
-        graph.replay()
-        # With fewer tokens a product may be rounded otherwise, and near a column's edge that is enough to draw its neighbour.
-        if "column_fraction" in options:
-            not_compacted(monkeypatch)
-        for got, called in zip(replayed, step(), strict=True):
-            eps = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-            torch.testing.assert_close(got, called, rtol=eps, atol=eps * called.abs().max().item())
-
-
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
-def test_cuda_graph_draws_other_columns_at_every_replay(few_columns):
-    inputs = make_inputs("moderate").to(DEVICE)
-    leaves = [x.requires_grad_() for x in inputs[:2]]
-
-    def step():
-        return torch.autograd.grad(distillation_loss(*inputs[:4], backend="triton", column_fraction=0.08), leaves)
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _, d_weight = step()
-    kept = []
-    for _ in range(3):
-        graph.replay()
-        kept.append(tuple(d_weight.any(1).nonzero().flatten().tolist()))
-    assert len(set(kept)) > 1 and {len(k) for k in kept} == {24}
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_all_tokens_masked_give_zeros(reduction):
     inputs = make_inputs("moderate").to(DEVICE)
@@ -439,7 +293,7 @@ def test_float16_gradients_of_extreme_scales_and_temperatures_match_reference(di
 
 
 @pytest.mark.parametrize("options, upstream, shrunk", EXTREMES.values(), ids=EXTREMES.keys())
-def test_kept_float16_columns_of_extreme_scales_and_temperatures_give_the_same(options, upstream, shrunk, few_columns):
+def test_kept_float16_columns_of_extreme_scales_and_temperatures_give_the_same(options, upstream, shrunk, sampling_pays):
     inputs = make_inputs("moderate", dtype=torch.float16).to(DEVICE)
     inputs = inputs._replace(student_hidden=inputs.student_hidden / 2**shrunk, student_weight=inputs.student_weight / 2**shrunk)
     options = {**_there(options), "column_fraction": 0.08, "seed": 3, "backend": "triton"}
