@@ -177,6 +177,33 @@ def test_loss_and_bias_gradient_stay_exact(sampling_pays, backend, options):
     assert all(relative(got[name], dense[name]) > 1e-3 for name in GRADIENTS)
 
 
+@on_cpu
+def test_a_chosen_fraction_gives_what_it_gives_when_named(sampling_pays, backend):
+    """Nothing is left of the trial, whether the fraction turns out smaller, the trial's own, or larger."""
+    inputs = make_inputs("realistic", 400, 1000, 32, 48)  # several chunks
+    named = {fraction: sampled(inputs, backend, fraction=fraction) for fraction in columns.FRACTIONS}
+    chosen = []
+    for tolerance in (10.0, *(2 * 0.93**i for i in range(90))):
+        got = sampled(inputs, backend, fraction="auto", gradient_tolerance=tolerance)
+        alike = [fraction for fraction, want in named.items() if all(torch.equal(got[name], want[name]) for name in GRADIENTS)]
+        if not alike:
+            break
+        chosen.extend(alike)
+    assert chosen == sorted(chosen) and set(chosen) == set(columns.FRACTIONS)
+    dense = sampled(inputs, backend, fraction=None)
+    assert all(relative(got[name], dense[name]) <= 1e-5 for name in GRADIENTS)
+
+
+@on_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_columns_are_multiplied_in_panels_where_their_rows_would_be_large(sampling_pays, draws, monkeypatch, backend, dtype):
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY, dtype=dtype)
+    whole = sampled(inputs, backend)
+    monkeypatch.setattr(sampling, "ROWS_BYTES", 7 * inputs.student_weight.shape[1] * (dtype.itemsize + 4))
+    panels = sampled(inputs, backend)
+    assert len(draws[0][0]) == 24 and all(relative(panels[name], whole[name]) <= {4: 1e-6, 2: 4e-3}[dtype.itemsize] for name in GRADIENTS)
+
+
 @on_all
 def test_bias_gradient_is_counted_once_where_no_fraction_will_do(sampling_pays, backend):
     tokens = TOKENS if backend == "triton" else 410  # several chunks
