@@ -19,6 +19,7 @@ float16 gradient under a loss scaler must not underflow before it is scaled.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +28,24 @@ from distill_kernels import backends, memory
 from distill_kernels.chunked import Saved, compacts, empty_outputs
 from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
+from distill_kernels.quantised import KINDS, padded_dim
 
 
-def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, terms (N, 3), stats (N, 6) or (0,), gradient_error (2,) or (0,)). total is differentiable: (), or if `deferred` that of each
-    token, (N,); terms are, if it is made of them in the end, which is so where `deferred` and no columns are sampled."""
+class Results(NamedTuple):
+    """What a call makes; all but the first two detached, and (0,) where there is no such thing: see chunked.Outputs."""
+
+    total: Tensor  # differentiable: (), or if `deferred` that of each token, (N,)
+    terms: Tensor  # (N, 3) differentiable if `total` is made of them in the end: where `deferred`, and no columns are kept for backward
+    stats: Tensor  # (N, 6)
+    gradient_error: Tensor  # (2,)
+    errors: Tensor  # (N, 2)
+    recomputed: Tensor  # (1,)
+
+
+def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> Results:
     problem = replace(problem, keeps_dz=deferred and problem.can_keep_dz)
     divergence = problem.divergence
-    total, terms_, _, _, _, stats, gradient_error, _, _ = terms(
+    total, terms_, _, _, _, *detached, _, _ = terms(
         *tensors,
         "" if divergence is None else divergence.name,
         [] if divergence is None else list(divergence.parameters),
@@ -44,7 +55,7 @@ def run(problem: Problem, tensors: Tensors, *, backend: str, deferred: bool) -> 
     )
     if deferred and not problem.keeps_dz:
         total = (tensors.coefficients * terms_).sum(-1)
-    return total, terms_, stats, gradient_error
+    return Results(total, terms_, *detached)
 
 
 def _compute(
@@ -57,6 +68,10 @@ def _compute(
     labels: Tensor | None,  # (N,)
     coefficients: Tensor,  # (N, 3)
     seed: Tensor | None,  # ()
+    student_quantised: Tensor | None,  # (V, D_s padded)
+    student_scales: Tensor | None,  # (V, 3)
+    teacher_quantised: Tensor | None,  # (V, D_t padded)
+    teacher_scales: Tensor | None,  # (V, 3)
     divergence: str,  # "": none
     parameters: Sequence[float],
     cross_entropy: bool,
@@ -72,13 +87,15 @@ def _compute(
     d_bias: bool,
     column_fraction: float,
     gradient_tolerance: float,
+    sweep: str,
+    sweep_tolerance: float,
     keeps_dz: bool,
     stats: bool,
     compact: bool,
     workspace_mib: int,
     backend: str,
     deferred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
     check_labels("labels", labels, problem.vocabulary)
     outputs = backends.choose(problem, backend).run(problem, tensors)
@@ -112,6 +129,18 @@ def _problem(*, divergence, parameters, backend, deferred, **arguments) -> tuple
 
 
 terms = torch.library.custom_op("distill_kernels::terms", _compute, mutates_args=())
+
+
+@torch.library.custom_op("distill_kernels::quantise", mutates_args=())
+def quantise(weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
+    """Rows and scales of a head as a quantised sweep reads them: `quantised.quantise`, or what a backend has for it."""
+    return backends.quantise(weight, sweep)
+
+
+@quantise.register_fake
+def _(weight, sweep):
+    rows, dim = weight.shape
+    return weight.new_empty(rows, padded_dim(dim), dtype=KINDS[sweep][0]), weight.new_empty(rows, 3, dtype=torch.float32)
 
 
 @terms.register_fake
@@ -179,8 +208,8 @@ def _kept_problem(student_hidden, student_weight, coefficients, *scalars) -> Pro
 def _save(ctx, inputs, output):
     arguments = dict(zip(ARGUMENTS, inputs, strict=True))
     tensors = Tensors(*(arguments.pop(name) for name in Tensors._fields))
-    total, terms_, d_hidden, d_weight, d_bias, stats, gradient_error, kept_dz, kept_columns = output
-    others = d_hidden, d_weight, d_bias, stats, gradient_error, kept_dz, kept_columns
+    total, terms_, d_hidden, d_weight, d_bias, *others, kept_dz, kept_columns = output
+    others += d_hidden, d_weight, d_bias, kept_dz, kept_columns
     ctx.set_materialize_grads(False)
     ctx.scalars = arguments
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels import memory
+from distill_kernels import memory, quantised
 from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
 from distill_kernels.sampling import relative_error
@@ -26,6 +26,8 @@ class Outputs(NamedTuple):
     d_bias: torch.Tensor  # (V,), likewise
     stats: torch.Tensor  # (N, 6), likewise
     gradient_error: torch.Tensor  # (2,) predicted of d_hidden and d_weight, relative, if they are sampled and stats are wanted, else (0,)
+    errors: torch.Tensor  # (N, 2) of a quantised sweep, else (0,): standard errors of the divergence and of the untempered log-sum-exp
+    recomputed: torch.Tensor  # (1,) int64 likewise: chunks that were computed exactly in the end
     # What sampled gradients are made of in backward; (0,) both where that is not so.
     kept_dz: torch.Tensor  # (padded tokens · K,) of each chunk in its turn, as the backend's kernels lay it out
     kept_columns: torch.Tensor  # (chunks, K) int64
@@ -43,9 +45,12 @@ class Chunk(NamedTuple):
     stats: torch.Tensor | None  # (n, 6) written
     d_hidden: torch.Tensor | None  # (n, D_s) written
     d_weight: torch.Tensor | None  # (V, D_s) written by the first chunk, added to by the others; by all where columns are sampled
-    d_bias: torch.Tensor | None  # (V,) likewise
+    d_bias: torch.Tensor | None  # (V,) written by the first chunk, added to by the others; by all of a quantised sweep
     index: int
     variance: torch.Tensor | None  # (2,) added to: predicted squared error of d_hidden and d_weight; None: not wanted
+    errors: torch.Tensor | None  # (n, 2) written; None: no quantised sweep
+    noisy: torch.Tensor | None  # (n,) bool: tokens whose errors are beyond any tolerance, likewise
+    recomputed: torch.Tensor | None  # (1,) added to, likewise
     kept_dz: torch.Tensor | None  # (padded n · K,) written; None: not kept beyond the chunk
     kept_columns: torch.Tensor | None  # (K,) likewise
 
@@ -71,7 +76,9 @@ def empty_outputs(problem: Problem, like: torch.Tensor, plan: Plan | None) -> Ou
         new(problem.d_weight and now, problem.vocabulary, problem.student_dim),
         new(problem.d_bias, problem.vocabulary),
         new(problem.stats, problem.tokens, len(STATS)),
-        new(problem.stats and problem.kept_columns and now, 2),
+        new(problem.stats and problem.kept_columns and problem.gradient and now, 2),
+        new(problem.swept, problem.tokens, 2),
+        new(problem.swept, 1, dtype=torch.int64),
         new(problem.keeps_dz, padded * kept),
         new(problem.keeps_dz, chunks, kept, dtype=torch.int64),
     )
@@ -88,12 +95,16 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
     outputs = empty_outputs(problem, tensors.student_hidden, plan)
     compact = problem.compact if compact is None else compact
     if compact:
-        for per_token in (outputs.terms, outputs.d_hidden, outputs.stats):
+        for per_token in (outputs.terms, outputs.d_hidden, outputs.stats, outputs.errors):
             per_token.zero_()
     variance = outputs.gradient_error.zero_() if outputs.gradient_error.numel() else None
+    outputs.recomputed.zero_()
     if problem.kept_columns:
         outputs.d_weight.zero_()  # most rows are of no chunk
-    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance) == 0:
+    if problem.swept:
+        outputs.d_bias.zero_()
+    noisy = quantised.noisy(problem, tensors) if problem.swept else None
+    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance, noisy) == 0:
         outputs.d_weight.zero_()
         outputs.d_bias.zero_()
     if variance is not None:
@@ -131,7 +142,7 @@ def multiply_kept(problem: Problem, saved: Saved, token_alignment: int, kernel: 
     return outputs
 
 
-def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance) -> int:
+def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance, noisy=None) -> int:
     """Runs `kernel` over the chunks; returns the tokens that went through."""
     active = None
     count = len(tensors.student_hidden)
@@ -168,12 +179,15 @@ def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compac
             outputs.d_bias if outputs.d_bias.numel() else None,
             index=index,
             variance=variance,
+            errors=written(outputs.errors),
+            noisy=read(noisy),
+            recomputed=outputs.recomputed if outputs.recomputed.numel() else None,
             kept_dz=None if kept is None else outputs.kept_dz[begin * len(kept) :],
             kept_columns=kept,
         )
         kernel(chunk)
         if active is not None:
-            for output, part in ((outputs.terms, chunk.terms), (outputs.stats, chunk.stats), (outputs.d_hidden, chunk.d_hidden)):
-                if part is not None:
-                    output[tokens] = part
+            for name in ("terms", "stats", "d_hidden", "errors"):
+                if getattr(chunk, name) is not None:
+                    getattr(outputs, name)[tokens] = getattr(chunk, name)
     return count

@@ -7,6 +7,7 @@ none. Everything they allocate beyond gradients fits in `workspace_mib`; the res
 from dataclasses import dataclass
 
 from distill_kernels.problem import Problem
+from distill_kernels.quantised import padded_dim
 
 MIB = 2**20
 
@@ -36,6 +37,7 @@ class Plan:
     row_tokens: int  # tokens for which the row kernel's own temporaries are held at a time
     workspace_bytes: int
     saved_bytes: int  # columns of dz kept from forward to backward
+    quantised_bytes: int  # of both heads in 8 bits; none of it is the call's where prepared heads are passed
     gradient_bytes: int  # accumulators of the gradients, in the compute dtype
     cast_bytes: int  # the gradients once more in the inputs' dtype, where that is another
     eager_bytes: int  # what eager torch holds at its peak for the same loss, gradients left out
@@ -44,8 +46,9 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak above the inputs: workspace, gradient accumulators, and the casts that replace them at the end."""
-        return max(self.workspace_bytes + self.saved_bytes + self.gradient_bytes, self.gradient_bytes + self.cast_bytes)
+        """Peak above the inputs: workspace, gradient accumulators, and the casts that replace them at the end; and quantised heads."""
+        while_running = self.workspace_bytes + self.saved_bytes + self.gradient_bytes
+        return self.quantised_bytes + max(while_running, self.gradient_bytes + self.cast_bytes)
 
     def __str__(self):
         def mib(count):
@@ -57,6 +60,7 @@ class Plan:
                 f"chunks      {self.chunks:,} of {self.chunk_tokens:,} tokens",
                 f"workspace   {mib(self.workspace_bytes)}",
                 *([f"kept        {mib(self.saved_bytes)} from forward to backward"] if self.saved_bytes else []),
+                *([f"quantised   {mib(self.quantised_bytes)} of heads, unless prepared ones are passed"] if self.quantised_bytes else []),
                 f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
                 f"peak        {mib(self.peak_bytes)} above the inputs",
                 f"eager       {mib(self.eager_bytes + self.gradient_bytes + self.cast_bytes)} above the inputs",
@@ -67,6 +71,8 @@ class Plan:
 
 def keeps_logits(problem: Problem) -> tuple[bool, str]:
     """Whether the logits of a chunk outlive the tile that they are made on, and why."""
+    if problem.swept:
+        return False, f"the {problem.sweep} sweep sums what it makes and keeps no logits but those of a few columns, exact"
     if problem.gradient:
         return True, "gradients are made from logits once the log-sum-exps are known; keeping those saves 1S + 1T"
     if problem.divergence is not None and not problem.divergence.one_pass:
@@ -82,6 +88,8 @@ def _of_columns(problem: Problem) -> str:
     most = "at most " if problem.gradient_tolerance else ""
     kept = f"{most}{problem.kept_columns} of {problem.vocabulary} columns, drawn for each chunk"
     until = ", and kept for backward" if problem.keeps_dz else ""
+    if problem.swept:
+        return f"; sums are corrected by, and gradients go over, {kept}{until}: fewer tokens to a chunk draw better, more multiply faster"
     return f"; gradients go over {kept}{until}: fewer tokens to a chunk draw better, more multiply faster"
 
 
@@ -121,7 +129,8 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     student_values = problem.tokens * problem.student_dim * problem.d_hidden
     head_values = problem.vocabulary * (problem.student_dim * problem.d_weight + problem.d_bias)
     gradient_values = student_values + head_values
-    product = 2 * problem.tokens * problem.vocabulary
+    quantised_values = sum(padded_dim(dim) + 12 for dim in (problem.student_dim, problem.teacher_dim) if dim)
+    forward_columns = problem.vocabulary + kept * problem.swept
     # Eager torch, float32 logits: both models' logits and log-softmaxes forward; then both log-softmaxes, the pointwise divergence
     # and two gradients of that size. Five buffers at once either way with a teacher, three without.
     eager_buffers = 5 if problem.teacher_dim else 3
@@ -134,9 +143,10 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         row_tokens=row_tokens,
         workspace_bytes=chunk_tokens * token_bytes + schedule.fixed_bytes + row_tokens * schedule.row_bytes,
         saved_bytes=-(-problem.tokens // alignment) * alignment * saved_token_bytes + (chunks * kept * 8 if problem.keeps_dz else 0),
+        quantised_bytes=quantised_values * problem.vocabulary * problem.swept,
         gradient_bytes=gradient_values * element,
         cast_bytes=gradient_values * problem.student_dtype.itemsize if problem.student_dtype.itemsize < element else 0,
         eager_bytes=eager_buffers * problem.tokens * problem.vocabulary * element,
-        forward_flops=product * (problem.student_dim + problem.teacher_dim),
+        forward_flops=2 * problem.tokens * forward_columns * (problem.student_dim + problem.teacher_dim),
         backward_flops=2 * problem.tokens * (kept or problem.vocabulary) * problem.student_dim * (problem.d_hidden + problem.d_weight),
     )

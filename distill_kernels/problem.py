@@ -39,7 +39,12 @@ class Tensors(NamedTuple):
     teacher_bias: torch.Tensor | None  # (V,)
     labels: torch.Tensor | None  # (N,) int64, NO_LABEL where there is none
     coefficients: torch.Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
-    seed: torch.Tensor | None = None  # () int64, of the columns that gradients go over; None where they go over all
+    seed: torch.Tensor | None = None  # () int64, of the columns that are sampled; None where none are
+    # Of a quantised sweep; see `quantised.quantise` for the heads' rows and scales.
+    student_quantised: torch.Tensor | None = None  # (V, D_s padded)
+    student_scales: torch.Tensor | None = None  # (V, 3) float32
+    teacher_quantised: torch.Tensor | None = None  # (V, D_t padded)
+    teacher_scales: torch.Tensor | None = None  # (V, 3) float32
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Problem:
     d_bias: bool = False
     column_fraction: float = 0.0  # of the vocabulary that gradient products go over, at most; 0: all of it
     gradient_tolerance: float = 0.0  # relative error that the fraction is chosen by; 0: it is the fraction
+    sweep: str = ""  # "int8" or "fp8": logits are quantised, and sums over them corrected by the columns kept; "": they are exact
+    sweep_tolerance: float = math.inf  # standard error in nats, root mean square over a chunk, above which it is computed exactly
     keeps_dz: bool = False  # sampled gradients are made in backward, from the columns of dz that forward keeps
     stats: bool = False
     compact: bool = False  # some tokens may be masked
@@ -80,19 +87,27 @@ class Problem:
 
     @property
     def kept_columns(self) -> int:
-        """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance); 0: the exact products run."""
-        pays = self.tokens >= columns.LEAST_TOKENS and (self.d_hidden or self.d_weight)
+        """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance), and that correct a quantised sweep; 0:
+        the exact products run."""
+        pays = self.tokens >= columns.LEAST_TOKENS and (self.d_hidden or self.d_weight or self.sweep != "")
         return columns.kept_columns(self.vocabulary, self.column_fraction) if pays else 0
+
+    @property
+    def swept(self) -> bool:
+        """Whether logits are quantised: a sweep was asked for, and pays."""
+        return self.sweep != "" and self.kept_columns > 0
 
     @property
     def can_keep_dz(self) -> bool:
         """Whether forward can keep the columns of dz that gradients made in backward go over: they take at most half of the workspace
-        and leave room for the logits of 64 tokens, their number does not have to be found out, and d_bias, which is of all columns, is
-        not asked for."""
+        and leave room for the logits of 64 tokens (of the kept columns only, if a sweep is quantised), their number does not have to be
+        found out, and d_bias, which is of all columns, is not asked for."""
         element, workspace = self.compute_dtype.itemsize, self.workspace_mib * 2**20
         kept_bytes = self.tokens * self.kept_columns * element
-        fits = 2 * kept_bytes <= workspace and kept_bytes + 64 * 2 * self.vocabulary * element <= workspace
-        return bool(self.kept_columns and fits and not self.gradient_tolerance and not self.d_bias)
+        logits_bytes = 64 * 2 * (self.kept_columns if self.swept else self.vocabulary) * element
+        fits = 2 * kept_bytes <= workspace and kept_bytes + logits_bytes <= workspace
+        gradient = self.d_hidden or self.d_weight
+        return bool(gradient and self.kept_columns and fits and not self.gradient_tolerance and not self.d_bias)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -143,8 +158,8 @@ def one_of(name, value, allowed):
 
 def check_options(
     *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
-    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, workspace_mib, ignore_index,
-    process_group,
+    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, sweep_tolerance, workspace_mib,
+    ignore_index, process_group,
 ):  # fmt: skip
     """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
     finite_number("temperature", temperature, above=0)
@@ -173,13 +188,17 @@ def check_options(
         raise ValueError(f'gradient_tolerance is for column_fraction="auto", but column_fraction is {column_fraction!r}')
     elif column_fraction is not None:
         finite_number("column_fraction", column_fraction, above=0, most=1)
-    if sweep is not None:
-        raise NotImplementedError(f"sweep={sweep!r}: quantised sweeps are not available yet; pass None for the exact one")
+    finite_number("sweep_tolerance", sweep_tolerance, above=0, optional=True)
+    if sweep is not None and (column_fraction is None or column_fraction == "auto"):
+        raise ValueError(
+            f"sweep={sweep!r} is corrected by the columns that are computed exactly: pass column_fraction=0.08 or another number, "
+            f"got {column_fraction!r}"
+        )
     if process_group is not None:
         raise NotImplementedError("process_group: vocabulary-parallel heads are not available yet; gather the heads and pass None")
 
 
-def _matrix(name, tensor, dim=None):
+def check_matrix(name, tensor, dim=None):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -199,8 +218,8 @@ def autocast_dtype(tensor):
 
 def check_head(prefix, hidden, weight, bias):
     """Hidden states, head and bias of one model fit together. `prefix` of their names: "student_", "teacher_" or none."""
-    _matrix(f"{prefix}hidden", hidden)
-    _matrix(f"{prefix}weight", weight, 2)
+    check_matrix(f"{prefix}hidden", hidden)
+    check_matrix(f"{prefix}weight", weight, 2)
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {prefix}weight has "
@@ -214,7 +233,7 @@ def check_head(prefix, hidden, weight, bias):
             "which casts both (float64 excepted)"
         )
     if bias is not None:
-        _matrix(f"{prefix}bias", bias, 1)
+        check_matrix(f"{prefix}bias", bias, 1)
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"{prefix}bias has {bias.shape[0]} entries but {prefix}weight has {weight.shape[0]} rows")
 

@@ -4,8 +4,8 @@ A backend makes dz's column norms and hands over kernels with
 
     draw(scores, kept, uniform)              as `columns.draw`
     gather(columns, weights, out)            out ← those columns of the chunk's dz, each times its weight, as its `multiply` wants them
-    multiply(chunk, dz, columns, squares)    d_hidden ← and d_weight += of such columns; squares (2, K) ← ‖·‖² of each column's row of
-                                             the head and of what is added to its row of d_weight, or None
+    multiply(chunk, dz, columns, squares)    d_hidden ← and d_weight += of such columns; squares (2, K) ← ‖·‖² of what each column adds to
+                                             d_hidden and to d_weight, or None
     exact(chunk)                             both over all of dz
 
 `Library` has them for backends that multiply by the vendor's library.
@@ -58,7 +58,8 @@ class Sampler:
                 self.space = torch.empty(plan.chunk_tokens * self.kept, dtype=problem.compute_dtype, device=device)
 
     def gradients(self, chunk, scores, kernels):
-        """d_hidden ← and d_weight += of a chunk, or, if they are made in backward, what that needs. scores (V,): norms of dz's columns."""
+        """d_hidden ← and d_weight += of a chunk, or, if they are made in backward, what that needs. scores (V,): norms of dz's columns, or
+        what stands for them."""
         if self.tolerance and chunk.first and self._tried(chunk, scores, kernels):
             return
         if self.exact:
@@ -74,6 +75,8 @@ class Sampler:
         if self.space is None:
             chunk.kept_columns.copy_(columns)
             return None
+        if chunk.d_hidden is None and chunk.d_weight is None:  # what a quantised sweep needs of the columns is done
+            return None
         squares = None if variance is None else scores.new_zeros(2, kept)
         kernels.multiply(chunk, dz, columns, squares)
         if variance is None:
@@ -81,7 +84,7 @@ class Sampler:
         # Σ over all columns of (1/π − 1)·‖·‖², itself estimated from those kept: their weight 1/π is squared in dz already.
         left_out = 1 - 1 / weights
         if chunk.d_hidden is not None:
-            variance[0] += (left_out * (scores[columns] * weights).square() * squares[0]).sum()
+            variance[0] += (left_out * squares[0]).sum()
         if chunk.d_weight is not None:
             variance[1] += (left_out * squares[1]).sum()
         return columns, squares[1].sum()
@@ -146,7 +149,7 @@ class Library:
                 if begin > 0:
                     chunk.d_hidden.add_(share)
             if squares is not None:
-                squares[0, part] = rows.to(squares.dtype).square().sum(1)
+                squares[0, part] = rows.to(squares.dtype).square().sum(1) * dz[:, part].to(squares.dtype).square().sum(0)
             if chunk.d_weight is not None:
                 made = chunk.d_weight.new_empty(rows.shape)
                 self.products.d_weight(dz[:, part], chunk.student_hidden, made, first=True)

@@ -1,6 +1,7 @@
 """The public API of distill_kernels; `import distill_kernels` shows the same names."""
 
 from distill_kernels.api.diagnosis import doctor, plan
+from distill_kernels.api.heads import PreparedHead, prepare_head
 from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
 
@@ -8,11 +9,13 @@ __all__ = [
     "BackboneOutput",
     "DistillationLoss",
     "DistillationStats",
+    "PreparedHead",
     "distillation_loss",
     "distillation_loss_and_stats",
     "doctor",
     "next_token_labels",
     "plan",
+    "prepare_head",
     "run_backbone",
     "token_logprobs",
 ]

@@ -51,6 +51,11 @@ def drop(*names, **changes):
     return lambda call: {k: v for k, v in call.items() if k not in names} | changes
 
 
+def double(call):
+    return {name: value.double() if torch.is_tensor(value) and value.dtype == torch.float32 else value for name, value in call.items()}
+
+
+SWEEP = {"sweep": "int8", "column_fraction": 0.08}
 NOT_A_NUMBER = {"a_string": ("2", "str"), "a_bool": (True, "bool"), "a_tensor": (torch.tensor(2.0), "Tensor"), "none": (None, "NoneType")}
 NUMBERS = ("temperature", "kd_weight", "ce_weight", "z_loss_weight", "label_smoothing", "student_logit_scale", "teacher_logit_scale")
 
@@ -126,8 +131,12 @@ BAD_OPTIONS = [
     ("auto_with_zero_tolerance", put(column_fraction="auto", gradient_tolerance=0), ValueError, r"^gradient_tolerance must be .* above 0"),
     ("tolerance_without_auto", put(column_fraction=0.1, gradient_tolerance=0.1), ValueError,
      r'^gradient_tolerance is for column_fraction="auto"'),
-    ("sweep_int8", put(sweep="int8"), NotImplementedError, r"^sweep='int8': .* not available yet; pass None"),
-    ("sweep_fp8", put(sweep="fp8", column_fraction=0.1), NotImplementedError, r"not available yet; pass None"),
+    ("sweep_without_columns", put(sweep="int8"), ValueError, r"^sweep='int8' is corrected by .* column_fraction=0.08 .* got None$"),
+    ("sweep_auto", put(sweep="fp8", column_fraction="auto", gradient_tolerance=0.1), ValueError, r"^sweep='fp8' is .* got 'auto'$"),
+    ("sweep_divergence", put(**SWEEP, divergence="total_variation"), NotImplementedError, r"^sweep='int8': total_variation is summed"),
+    ("sweep_smoothing", put(**SWEEP, ce_weight=0.5, label_smoothing=0.1), NotImplementedError, r"^sweep='int8': label_smoothing sums .*; pass None"),
+    ("sweep_tolerance_zero", put(sweep_tolerance=0.0), ValueError, r"^sweep_tolerance must be a finite number above 0, got 0.0$"),
+    ("sweep_tolerance_text", put(sweep_tolerance="1%"), TypeError, r"^sweep_tolerance must be a number or None, got str$"),
     ("process_group", put(process_group="world"), NotImplementedError, r"^process_group: .* not available yet; .* pass None$"),
     ("bad_sweep_beside_valid_fraction", put(column_fraction=0.08, sweep="int4"), ValueError, r"^sweep must be one of"),
     ("bad_fraction_beside_valid_sweep", put(column_fraction=2.0, sweep="int8"), ValueError, r"^column_fraction must be"),
@@ -139,6 +148,7 @@ TENSORS = ("student_hidden", "student_weight", "student_bias", "teacher_hidden",
            "num_items")  # fmt: skip
 
 BAD_TENSORS = [
+    ("sweep_float64", lambda call: double(call) | SWEEP, NotImplementedError, r"^sweep='int8': float64 inputs want float64.*; pass None"),
     *[
         (f"{name}_a_list", put(**{name: [[1.0]]}), TypeError, rf"^{name} must be a torch\.Tensor, got list$")
         for name in (*MATRICES, "labels", "token_weight")

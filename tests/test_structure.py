@@ -69,14 +69,15 @@ def layer(name):
 
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
-SHARED = {"divergences", "columns", "problem", "plan", "memory", "products", "sampling"}
+SHARED = {"divergences", "columns", "problem", "plan", "memory", "products", "quantised", "sampling"}
 ALLOWED = {
     "divergences": set(),
     "memory": set(),
     "problem": {"columns", "divergences"},
-    "plan": {"divergences", "problem"},
+    "plan": {"divergences", "problem", "quantised"},
     "products": {"problem"},
     "columns": set(),
+    "quantised": {"divergences", "problem"},
     "sampling": {"columns", "problem", "products"},
     "chunked": SHARED,
     "backends": SHARED,  # and one backend at a time, by name, in load()

@@ -14,6 +14,9 @@ Adding one: write the module, and put its name in ORDER where `auto` should cons
 import importlib
 from dataclasses import replace
 
+from torch import Tensor  # not torch itself, whose name here is a backend's
+
+from distill_kernels import quantised
 from distill_kernels.plan import Plan, make_plan
 from distill_kernels.problem import Problem
 
@@ -40,6 +43,14 @@ def choose(problem: Problem, name: str = "auto"):
         if reasons[candidate] is None:
             return backend
     raise NotImplementedError("; ".join(f"backend {candidate!r} cannot run this: {reason}" for candidate, reason in reasons.items()))
+
+
+def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """`quantised.quantise`, by the compiled kernel where there is one for it."""
+    native = load("native")
+    if kind == "int8" and weight.device.type == "cpu" and native.instruction_sets():
+        return native.quantise(weight)
+    return quantised.quantise(weight, kind)
 
 
 def name_of(backend) -> str:

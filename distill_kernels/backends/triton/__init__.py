@@ -48,6 +48,8 @@ def why_not(problem: Problem) -> str | None:
             return "torch finds no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < OLDEST_CAPABILITY:
             return f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later"
+    if problem.swept:
+        return f"it has no {problem.sweep} sweep"
     if problem.divergence is not None:
         from distill_kernels.backends.triton.elementwise import why_no_device_function
 

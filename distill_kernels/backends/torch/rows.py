@@ -1,81 +1,16 @@
-"""The torch backend: the chunked schedule in torch operations. Any device torch has, no compiler.
-
-Products go through the vendor's library, the row kernel between them is the readable version of what compiled kernels do. Its
-temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspace stays as planned.
-"""
+"""The row kernel: from a chunk's bare products to loss terms, stats and dz, in torch operations."""
 
 from typing import NamedTuple
 
 import torch
 
-from distill_kernels import chunked
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
-from distill_kernels.plan import Plan, Schedule, make_plan
-from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
-from distill_kernels.products import Products, panel_bytes
-from distill_kernels.sampling import Library, Sampler, sampled_bytes
+from distill_kernels.plan import Plan
+from distill_kernels.problem import TAIL_PROBABILITY, Problem
 
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
 ROW_BUFFERS = 12
-SAMPLED_TOKENS = 192  # of a chunk whose gradient columns are sampled: the more tokens share a sample, the flatter their columns are
-
-
-def describe() -> str:
-    return f"torch {torch.__version__}, any device"
-
-
-def why_not(problem: Problem) -> str | None:
-    return None
-
-
-def schedule(problem: Problem) -> Schedule:
-    element = problem.compute_dtype.itemsize
-    row_bytes = problem.vocabulary * element
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
-    return Schedule(
-        most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
-        # The chunk's hidden states widened, and its d_hidden.
-        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes,
-        fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,
-        row_bytes=ROW_BUFFERS * row_bytes,
-    )
-
-
-def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
-    plan = make_plan(problem, schedule(problem))
-    dtype, device = problem.compute_dtype, tensors.student_hidden.device
-    products = Products(problem, device)
-    sampler = Sampler(problem, tensors, plan)
-    student_space, teacher_space = (
-        torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
-        for wanted in (True, problem.teacher_dim)
-    )
-    biases = [None if bias is None else bias.to(dtype) for bias in (tensors.student_bias, tensors.teacher_bias)]
-
-    def kernel(chunk: chunked.Chunk):
-        count = chunk.student_hidden.shape[0]
-        student_logits, teacher_logits = student_space[:count], None
-        products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
-        if teacher_space is not None:
-            teacher_logits = teacher_space[:count]
-            products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
-        row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, chunk.labels, chunk.coefficients, chunk.terms, chunk.stats))
-        dz = student_logits
-        if chunk.d_bias is not None:
-            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
-        kernels = Library(products, tensors.student_weight, dtype, dz)
-        if sampler.kept:
-            sampler.gradients(chunk, torch.linalg.vector_norm(dz, dim=0), kernels)
-        else:
-            kernels.exact(chunk)
-
-    return chunked.run(problem, tensors, plan, kernel)
-
-
-def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
-    kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, problem.compute_dtype)
-    return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
 
 
 class Rows(NamedTuple):
@@ -101,7 +36,7 @@ def row_kernel(problem: Problem, plan: Plan, rows: Rows):
         _some_rows(problem, rows.part(part))
 
 
-def _apply_head(logits, bias, scale, softcap):
+def apply_head(logits, bias, scale, softcap):
     """In place: softcap(scale · (product + bias))."""
     if bias is not None:
         logits += bias
@@ -119,11 +54,11 @@ def _log_probabilities(logits, temperature):
 
 def _some_rows(problem: Problem, rows: Rows):
     z, y = rows.student_logits, rows.teacher_logits
-    _apply_head(z, rows.student_bias, problem.student_logit_scale, problem.student_softcap)
+    apply_head(z, rows.student_bias, problem.student_logit_scale, problem.student_softcap)
     log_q, kept = _log_probabilities(z, problem.temperature)
     log_p = log_q
     if y is not None:
-        _apply_head(y, rows.teacher_bias, problem.teacher_logit_scale, problem.teacher_softcap)
+        apply_head(y, rows.teacher_bias, problem.teacher_logit_scale, problem.teacher_softcap)
         log_p, _ = _log_probabilities(y, problem.temperature)
     kd, ce, z_loss = rows.coefficients.unsqueeze(-1).unbind(1)  # (n, 1) each
     rows.terms.zero_()

@@ -1,0 +1,99 @@
+"""The torch backend: the chunked schedule in torch operations. Any device torch has, no compiler.
+
+Products go through the vendor's library, the row kernel between them is the readable version of what compiled kernels do. Its
+temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspace stays as planned.
+"""
+
+import torch
+
+from distill_kernels import chunked, quantised
+from distill_kernels.backends.torch.rows import ROW_BUFFERS, Rows, row_kernel
+from distill_kernels.backends.torch.swept import SweptChunk, swept_bytes
+from distill_kernels.plan import Schedule, keeps_logits, make_plan
+from distill_kernels.problem import Problem, Tensors
+from distill_kernels.products import Products, panel_bytes
+from distill_kernels.sampling import Library, Sampler, sampled_bytes
+
+SAMPLED_TOKENS = 192  # of a chunk whose gradient columns are sampled: the more tokens share a sample, the flatter their columns are
+
+
+def describe() -> str:
+    return f"torch {torch.__version__}, any device"
+
+
+def why_not(problem: Problem) -> str | None:
+    return None
+
+
+def schedule(problem: Problem) -> Schedule:
+    element = problem.compute_dtype.itemsize
+    row_bytes = problem.vocabulary * element
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
+    if problem.swept:
+        swept_token_bytes, swept_fixed_bytes = swept_bytes(problem)
+        return Schedule(
+            name="swept",
+            reason=keeps_logits(problem)[1],
+            keeps_logits=False,
+            most_tokens=SAMPLED_TOKENS,
+            token_bytes=sampled_token_bytes + swept_token_bytes,
+            fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes + swept_fixed_bytes,
+        )
+    return Schedule(
+        most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
+        # The chunk's hidden states widened, and its d_hidden.
+        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes,
+        fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,
+        row_bytes=ROW_BUFFERS * row_bytes,
+    )
+
+
+def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
+    plan = make_plan(problem, schedule(problem))
+    return (_run_swept if problem.swept else _run_chunked)(problem, tensors, plan)
+
+
+def _run_swept(problem, tensors, plan):
+    products, sampler = Products(problem, tensors.student_hidden.device), Sampler(problem, tensors, plan)
+    pilot = quantised.pilot(problem, tensors)
+
+    def kernel(chunk: chunked.Chunk):
+        kernels = SweptChunk(problem, tensors, products, chunk)
+        sampler.gradients(chunk, kernels.sweep(pilot), kernels)
+
+    return chunked.run(problem, tensors, plan, kernel)
+
+
+def _run_chunked(problem, tensors, plan):
+    dtype, device = problem.compute_dtype, tensors.student_hidden.device
+    products = Products(problem, device)
+    sampler = Sampler(problem, tensors, plan)
+    student_space, teacher_space = (
+        torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
+        for wanted in (True, problem.teacher_dim)
+    )
+    biases = [None if bias is None else bias.to(dtype) for bias in (tensors.student_bias, tensors.teacher_bias)]
+
+    def kernel(chunk: chunked.Chunk):
+        count = chunk.student_hidden.shape[0]
+        student_logits, teacher_logits = student_space[:count], None
+        products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
+        if teacher_space is not None:
+            teacher_logits = teacher_space[:count]
+            products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
+        row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, chunk.labels, chunk.coefficients, chunk.terms, chunk.stats))
+        dz = student_logits
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)
+        kernels = Library(products, tensors.student_weight, dtype, dz)
+        if sampler.kept:
+            sampler.gradients(chunk, torch.linalg.vector_norm(dz, dim=0), kernels)
+        else:
+            kernels.exact(chunk)
+
+    return chunked.run(problem, tensors, plan, kernel)
+
+
+def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
+    kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, problem.compute_dtype)
+    return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
