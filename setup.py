@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = ["bindings", "cpu/chunk", "cpu/draw", "cpu/parallel"]
-SOURCES += ["cpu/chunk_baseline", "cpu/chunk_avx2", "cpu/chunk_avx512", "cpu/chunk_avx512bf16"]
+SOURCES += ["cpu/chunk_baseline", "cpu/chunk_avx2", "cpu/chunk_avx512", "cpu/chunk_avx512vnni", "cpu/chunk_avx512bf16"]
 
 # math-errno: sqrt and friends need not set errno, which would keep them scalar.
 native = Pybind11Extension(

@@ -25,9 +25,15 @@ dk::Matrix matrix(const py::tuple& from) {
   return {pointer<const void>(from[0]), static_cast<dk::Element>(from[1].cast<int>()), from[2].cast<int64_t>()};
 }
 
+dk::Quantised quantised(const py::tuple& from) {
+  return {pointer<const int8_t>(from[0]), from[1].cast<int64_t>(), pointer<const float>(from[2])};
+}
+
 dk::Model model(const py::dict& from) {
-  return {matrix(from["hidden"]),        matrix(from["weight"]),        pointer<const float>(from["bias"]), from["dim"].cast<int64_t>(),
-          from["scale"].cast<float>(), from["softcap"].cast<float>(), pointer<float>(from["logits"])};
+  dk::Model m{matrix(from["hidden"]),        matrix(from["weight"]),        pointer<const float>(from["bias"]), from["dim"].cast<int64_t>(),
+              from["scale"].cast<float>(), from["softcap"].cast<float>(), pointer<float>(from["logits"]),     {}};
+  if (from.contains("quantised")) m.quantised = quantised(from["quantised"]);
+  return m;
 }
 
 dk::ChunkParams params(const py::dict& from) {
@@ -46,6 +52,11 @@ dk::ChunkParams params(const py::dict& from) {
   const auto kept = from["kept"].cast<py::tuple>();
   p.kept = {kept[0].cast<int64_t>(), pointer<const int64_t>(kept[1]), pointer<const float>(kept[2]), pointer<float>(kept[3]),
             pointer<float>(kept[4])};
+  if (from.contains("pilot")) {
+    const auto pilot = from["pilot"].cast<py::tuple>();
+    p.pilot = {pilot[0].cast<int64_t>(), pointer<const int64_t>(pilot[1])};
+    p.errors = pointer<float>(from["errors"]);
+  }
   p.d_weight = pointer<float>(from["d_weight"]);
   p.d_bias = pointer<float>(from["d_bias"]);
   p.first = from["first"].cast<bool>();
@@ -88,6 +99,19 @@ void draw_columns(uintptr_t scores, int64_t vocabulary, int64_t kept, int64_t un
                    reinterpret_cast<int64_t*>(columns), reinterpret_cast<float*>(weights));
 }
 
+void quantise_rows(uintptr_t address, int element, int64_t stride, int64_t rows, int64_t dim, uintptr_t out, uintptr_t scales, int threads,
+                   const std::string& instruction_set) {
+  bool ran;
+  {
+    py::gil_scoped_release unlocked;
+    const dk::Matrix matrix{reinterpret_cast<const void*>(address), static_cast<dk::Element>(element), stride};
+    std::vector<float> scratch(threads * ((dim + dk::kTurn - 1) / dk::kTurn * dk::kTurn));
+    ran = dk::quantise_rows(matrix, rows, dim, reinterpret_cast<int8_t*>(out), reinterpret_cast<float*>(scales), threads, scratch.data(),
+                            name_or_null(instruction_set));
+  }
+  if (!ran) unknown_instruction_set(instruction_set);
+}
+
 void math_function(char which, uintptr_t in, uintptr_t out, int64_t count, const std::string& instruction_set) {
   if (!dk::run_math_function(which, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count, name_or_null(instruction_set)))
     unknown_instruction_set(instruction_set);
@@ -120,12 +144,17 @@ PYBIND11_MODULE(_native, m) {
       .value("scores", dk::Stage::kScores)
       .value("gradients", dk::Stage::kGradients)
       .value("gather", dk::Stage::kGather)
-      .value("multiply", dk::Stage::kMultiply);
+      .value("multiply", dk::Stage::kMultiply)
+      .value("sweep", dk::Stage::kSweep)
+      .value("correct", dk::Stage::kCorrect)
+      .value("exact", dk::Stage::kExact);
   m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"),
         py::arg("stage") = dk::Stage::kWhole);
   m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));
   m.def("draw_columns", &draw_columns, py::arg("scores"), py::arg("vocabulary"), py::arg("kept"), py::arg("uniform"), py::arg("units"),
         py::arg("columns"), py::arg("weights"));
+  m.def("quantise_rows", &quantise_rows, py::arg("matrix"), py::arg("element"), py::arg("stride"), py::arg("rows"), py::arg("dim"),
+        py::arg("out"), py::arg("scales"), py::arg("threads"), py::arg("instruction_set"));
   m.def("math_function", &math_function, py::arg("which"), py::arg("input"), py::arg("output"), py::arg("count"), py::arg("instruction_set"));
   m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("c"), py::arg("rows"), py::arg("depth"), py::arg("instruction_set"));
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("count"), py::arg("instruction_set"));

@@ -10,6 +10,7 @@ constexpr int kStats = 6;  // divergence, cross entropy, student entropy, teache
 constexpr int kMaxParameters = 2;
 constexpr int64_t kTokenAlignment = 16;  // one AVX-512 vector of float
 constexpr int64_t kPanel = 64;           // tokens, or dimensions, that a CPU product takes together
+constexpr int64_t kTurn = 64;            // dimensions that are turned together before they are quantised
 
 enum class Element : int { kFloat32, kBfloat16, kFloat16 };
 
@@ -20,6 +21,13 @@ struct Matrix {
   int64_t stride;  // elements from one row to the next
 };
 
+// A head in 8 bits, its rows turned by signs and a Hadamard matrix: see quantise.inc.
+struct Quantised {
+  const int8_t* rows;   // (vocabulary, dim); null: none
+  int64_t dim;          // the model's, padded to whole blocks of kTurn
+  const float* scales;  // (vocabulary, 3): of a row its scale, 128 · Σ of its integers, and its norm before
+};
+
 // One model. Its logits are softcap(scale · (hidden · weightᵀ + bias)), softcap(a) = cap · tanh(a / cap).
 struct Model {
   Matrix hidden;      // (tokens, dim)
@@ -28,21 +36,33 @@ struct Model {
   int64_t dim;
   float scale;
   float softcap;  // 0: none
-  float* logits;  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours; null (both models'): not kept
+  // (vocabulary, stride) workspace: the tokens of one vocabulary entry are neighbours; null (both models'): not kept. Of a quantised sweep
+  // (kept count, stride).
+  float* logits;
+  Quantised quantised;  // both models' or none: then the chunk is swept
 };
 
 // What of a chunk is to be done. One whose gradients go over a few columns of dz takes kScores, kGather and kMultiply, with the same sizes
 // and scratch, so that each finds what the one before it left: or kScores and kGradients, if they are to go over all columns after all.
 // kMultiply may come by itself: it needs no logits and no teacher.
-enum class Stage : int { kWhole, kScores, kGradients, kGather, kMultiply };
+//
+// One with quantised heads takes kSweep, which makes scores; kCorrect, which makes the kept columns' logits, the terms and their errors;
+// where those are too large kExact, which makes the terms again; and kGather and kMultiply as before.
+enum class Stage : int { kWhole, kScores, kGradients, kGather, kMultiply, kSweep, kCorrect, kExact };
+
+// Vocabulary entries by which a quantised sweep learns about where the log-sum-exps are.
+struct Pilot {
+  int64_t count;
+  const int64_t* columns;  // (count) ascending
+};
 
 // The columns of dz that gradient products go over, each times its weight.
 struct Kept {
   int64_t count;           // 0: products go over the whole vocabulary
   const int64_t* columns;  // (count) ascending
   const float* weights;    // (count)
-  float* dz;               // (count, stride) written by kGather, read by kMultiply
-  float* squares;          // (2, count) written by kMultiply: ‖weight row‖², and of what is added to its row of d_weight; null: not wanted
+  float* dz;               // (count, stride) written by kGather, read by kMultiply; a quantised sweep's logits may lie there before
+  float* squares;          // (2, count) written by kMultiply: ‖·‖² of what goes to d_hidden and to d_weight; null: not wanted
 };
 
 // All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for. Gradients need the
@@ -60,8 +80,10 @@ struct ChunkParams {
   float* d_hidden;            // (tokens, student dim), written; null: not wanted
   float* d_weight;            // (vocabulary, student dim), written if `first`, else added to; null: not wanted
   float* d_bias;              // (vocabulary), likewise
-  float* scores;              // (vocabulary), written by kScores: norms of the columns of dz
+  float* scores;              // (vocabulary), written by kScores: norms of the columns of dz; by kSweep: what stands for them
   Kept kept;                  // then d_weight is always added to
+  Pilot pilot;
+  float* errors;  // (tokens, 2), written by kCorrect: standard errors of the divergence and of the untempered log-sum-exp
   bool first;
   int divergence;  // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term
   float parameters[kMaxParameters];

@@ -14,6 +14,7 @@ struct InstructionSet {
   const char* name;
   void (*run)(const ChunkParams&, Stage, int threads, float* memory);
   int64_t (*scratch_floats)(const ChunkParams&, int threads);
+  void (*quantise)(const Matrix&, int64_t, int64_t, int8_t*, float*, int threads, float* memory);
   void (*map)(char, const float*, float*, int64_t);
   void (*multiply)(const float*, const float*, float*, int64_t, int64_t);
   double (*multiply_adds)(int64_t, float*);
@@ -25,15 +26,17 @@ struct InstructionSet {
   namespace isa {                                                              \
   void run(const ChunkParams&, Stage, int threads, float* memory);             \
   int64_t scratch_floats(const ChunkParams&, int threads);                     \
+  void quantise(const Matrix&, int64_t, int64_t, int8_t*, float*, int, float*); \
   void map(char, const float*, float*, int64_t);                               \
   void multiply(const float*, const float*, float*, int64_t, int64_t);         \
   double multiply_adds(int64_t, float*);                                       \
-  constexpr InstructionSet set{#isa, &run, &scratch_floats, &map, &multiply, &multiply_adds}; \
+  constexpr InstructionSet set{#isa, &run, &scratch_floats, &quantise, &map, &multiply, &multiply_adds}; \
   }
 DK_DECLARE(baseline)
 #if defined(__x86_64__)
 DK_DECLARE(avx2)
 DK_DECLARE(avx512)
+DK_DECLARE(avx512vnni)
 #if __has_include(<avx512bf16intrin.h>)
 #define DK_HAS_AVX512BF16
 DK_DECLARE(avx512bf16)
@@ -50,8 +53,9 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw");
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(DK_HAS_AVX512BF16)
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 
@@ -65,6 +69,7 @@ constexpr Candidate kCandidates[] = {
     {avx512bf16::set, &has_avx512bf16},
 #endif
 #if defined(__x86_64__)
+    {avx512vnni::set, &has_avx512vnni},
     {avx512::set, &has_avx512},
     {avx2::set, &has_avx2},
 #endif
@@ -114,6 +119,14 @@ bool run_chunk(const ChunkParams& params, Stage stage, int threads, float* scrat
   const InstructionSet* set = find(instruction_set);
   if (set == nullptr) return false;
   set->run(params, stage, threads, scratch);
+  return true;
+}
+
+bool quantise_rows(const Matrix& from, int64_t rows, int64_t dim, int8_t* out, float* scales, int threads, float* scratch,
+                   const char* instruction_set) {
+  const InstructionSet* set = find(instruction_set);
+  if (set == nullptr) return false;
+  set->quantise(from, rows, dim, out, scales, threads, scratch);
   return true;
 }
 

@@ -30,6 +30,15 @@ DK_INLINE Integers load(const Pair* from) {
   return v;
 }
 DK_INLINE void store(Pair* to, Integers v) { __builtin_memcpy(to, &v, sizeof v); }
+// Or four bytes: signed of a head's row, unsigned of tokens.
+struct Quad {
+  uint8_t bytes[4];
+};
+DK_INLINE Integers load(const Quad* from) {
+  Integers v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
 DK_INLINE Integers pairs(Halves low, Halves high) { return __builtin_convertvector(low, Integers) | __builtin_convertvector(high, Integers) << 16; }
 
 DK_INLINE Vector as_float(Integers v) { return reinterpret_cast<Vector>(v); }

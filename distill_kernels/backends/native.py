@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from distill_kernels import chunked, memory
+from distill_kernels import chunked, memory, quantised
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
@@ -51,6 +51,8 @@ def why_not(problem: Problem) -> str | None:
         return f"its vocabularies have at most {MOST_VOCABULARY} entries"
     if problem.divergence is not None and problem.divergence.name not in _native.divergences:
         return f"it has the built-in divergences compiled in ({', '.join(BUILT_IN)}), and {problem.divergence.name} is not one of them"
+    if problem.sweep == "fp8":
+        return "it sweeps in int8, which CPUs multiply; there is no float8 arithmetic in them"
     return None
 
 
@@ -63,12 +65,16 @@ def schedule(problem: Problem) -> Schedule:
     fixed, fixed_of_few = (_scratch_bytes(problem, least, count, keeps) - least * share for count in (threads, 1))
     gathered = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=False)
+    if problem.swept:
+        sampled_token_bytes += 4 * problem.kept_columns * (problem.teacher_dim > 0)  # its logits; the student's become dz
+        sampled_fixed_bytes += 8 * problem.vocabulary // quantised.PILOT_FRACTION
+    limited = keeps or problem.swept
     return Schedule(
-        name="chunked" if keeps else "tile-fused",
+        name="swept" if problem.swept else "chunked" if keeps else "tile-fused",
         reason=reason,
         keeps_logits=keeps,
-        most_tokens=CHUNK_TOKENS if keeps else None,
-        most_bytes=None if keeps else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
+        most_tokens=CHUNK_TOKENS if limited else None,
+        most_bytes=None if limited else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
         token_alignment=_native.token_alignment,
         token_bytes=share + gathered + sampled_token_bytes,
         fixed_bytes=fixed + sampled_fixed_bytes,
@@ -81,25 +87,32 @@ def _scratch_bytes(problem: Problem, tokens: int, threads: int, keeps_logits: bo
     return 4 * _native.chunk_scratch_floats(sizes, threads, INSTRUCTION_SET)
 
 
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantised.quantise` to int8, in one pass over the rows."""
+    weight = _by_rows(weight)
+    rows, dim = weight.shape
+    out = torch.empty(rows, quantised.padded_dim(dim), dtype=torch.int8)
+    scales = torch.empty(rows, 3, dtype=torch.float32)
+    _native.quantise_rows(*_matrix(weight), rows, dim, out.data_ptr(), scales.data_ptr(), torch.get_num_threads(), INSTRUCTION_SET)
+    return out, scales
+
+
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     plan = make_plan(problem, schedule(problem))
+    if problem.swept:
+        return _run_swept(problem, tensors, plan)
     keeps = plan.schedule == "chunked"
     call = Call(problem, plan.chunk_tokens, keeps)
     logits = [
         memory.empty(problem.vocabulary, plan.chunk_tokens, like=call.scratch, dtype=torch.float32) if wanted else None
         for wanted in (keeps, keeps and problem.teacher_dim)
     ]
-    biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
-    weights = [None if weight is None else _by_rows(weight) for weight in (tensors.student_weight, tensors.teacher_weight)]
+    heads = _heads(tensors)
     sampler = Sampler(problem, tensors, plan)
     scores = torch.empty(problem.vocabulary, dtype=torch.float32) if sampler.kept else None
 
     def kernel(chunk: chunked.Chunk):
-        models = [
-            None if hidden is None else (_by_rows(hidden), weight, bias, space)
-            for hidden, weight, bias, space in zip((chunk.student_hidden, chunk.teacher_hidden), weights, biases, logits, strict=True)
-        ]
-        kernels = call.of(chunk, *models, scores)
+        kernels = call.of(chunk, *_models(chunk, heads, logits), scores)
         if sampler.kept:
             kernels.run(_native.Stage.scores)
             sampler.gradients(chunk, scores, kernels)
@@ -107,6 +120,35 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
             kernels.run(_native.Stage.whole)
 
     return chunked.run(problem, tensors, plan, kernel)
+
+
+def _run_swept(problem, tensors, plan):
+    pilot = quantised.pilot(problem, tensors)  # before there is anything else: it makes logits of one token on its way
+    call = Call(problem, plan.chunk_tokens, keeps_logits=False)
+    shape = problem.kept_columns * (problem.teacher_dim > 0), plan.chunk_tokens
+    logits = None, memory.empty(*shape, like=call.scratch, dtype=torch.float32)
+    copies = (tensors.student_quantised, tensors.student_scales), (tensors.teacher_quantised, tensors.teacher_scales)
+    heads = _heads(tensors)
+    sampler = Sampler(problem, tensors, plan)
+    scores = torch.empty(problem.vocabulary, dtype=torch.float32)
+
+    def kernel(chunk: chunked.Chunk):
+        kernels = SweptKernels(call, *call.arguments(chunk, *_models(chunk, heads, logits), scores), chunk)
+        kernels.sweep(copies, pilot)
+        sampler.gradients(chunk, scores, kernels)
+
+    return chunked.run(problem, tensors, plan, kernel)
+
+
+def _heads(tensors):
+    """(weight, bias) of student and teacher as the kernels read them, or None."""
+    pairs = (tensors.student_weight, tensors.student_bias), (tensors.teacher_weight, tensors.teacher_bias)
+    return [None if weight is None else (_by_rows(weight), None if bias is None else bias.float().contiguous()) for weight, bias in pairs]
+
+
+def _models(chunk, heads, logits):
+    hidden = chunk.student_hidden, chunk.teacher_hidden
+    return [None if rows is None else (_by_rows(rows), *head, space) for rows, head, space in zip(hidden, heads, logits, strict=True)]
 
 
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
@@ -134,6 +176,10 @@ class Call:
 
     def of(self, chunk: chunked.Chunk, student, teacher, scores) -> "Kernels":
         """student, teacher: (hidden, weight, bias, space for logits) or None."""
+        return Kernels(self, *self.arguments(chunk, student, teacher, scores))
+
+    def arguments(self, chunk, student, teacher, scores):
+        """What the extension is called with, and the tensors whose addresses that has."""
         tokens = len(chunk.student_hidden)
 
         def model(name, tensors):
@@ -157,7 +203,7 @@ class Call:
         }
         if teacher is not None:
             arguments["teacher"] = model("teacher", teacher)
-        return Kernels(self, arguments, (chunk, student, teacher, scores))
+        return arguments, (chunk, student, teacher, scores)
 
 
 class Kernels:
@@ -188,6 +234,36 @@ class Kernels:
         self.run(_native.Stage.gradients, d_bias=0)  # that came with the scores
 
 
+class SweptKernels(Kernels):
+    """Those of a chunk whose logits are quantised: `gather` first corrects the sums by the exact logits of the columns."""
+
+    def __init__(self, call: Call, arguments: dict, tensors, chunk):
+        super().__init__(call, arguments, tensors)
+        self.chunk = chunk
+
+    def sweep(self, copies, pilot):
+        for name, (rows, scales) in zip(("student", "teacher"), copies, strict=True):
+            if rows is not None:
+                self.arguments[name] |= {"quantised": (rows.data_ptr(), rows.shape[1], scales.data_ptr())}
+        self.arguments |= {"errors": _address(self.chunk.errors)}
+        self.run(_native.Stage.sweep, pilot=(len(pilot), pilot.data_ptr()))
+
+    def gather(self, columns, weights, out):
+        chunk, problem = self.chunk, self.call.problem
+        self.arguments |= {"student": self.arguments["student"] | {"logits": out.data_ptr()}}  # which become dz where they are
+        self.run(_native.Stage.correct, kept=(len(columns), columns.data_ptr(), weights.data_ptr(), 0, 0))
+        if quantised.exceeds(problem, chunk):
+            self.run(_native.Stage.exact)
+            chunk.errors.zero_()
+            chunk.recomputed.add_(1)
+        if not problem.gradient:
+            return
+        super().gather(columns, weights, out)
+        if chunk.d_bias is not None:
+            dz = out[: len(columns) * self.stride].view(len(columns), -1)
+            chunk.d_bias.index_add_(0, columns, dz[:, : len(chunk.terms)].sum(1))
+
+
 def _nothing(problem: Problem, keeps_logits: bool) -> dict:
     """A chunk's arguments without tensors: an address of 1 stands for one that is there, and will be. What is there decides how the
     kernels lay out their scratch, so it has to be the same when they run."""
@@ -195,8 +271,9 @@ def _nothing(problem: Problem, keeps_logits: bool) -> dict:
 
     def model(dim, dtype, scale, softcap):
         matrix = (1, ELEMENTS[dtype], dim) if dim else NO_MATRIX
-        logits = int(keeps_logits and dim > 0)
-        return {"hidden": matrix, "weight": matrix, "bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0, "logits": logits}
+        logits, swept = int(keeps_logits and dim > 0), int(problem.swept and dim > 0)
+        fixed = {"bias": 0, "dim": dim, "scale": scale, "softcap": softcap or 0.0}
+        return {"hidden": matrix, "weight": matrix, "logits": logits, "quantised": (swept, quantised.padded_dim(dim), swept)} | fixed
 
     return {
         "vocabulary": problem.vocabulary,
@@ -210,6 +287,8 @@ def _nothing(problem: Problem, keeps_logits: bool) -> dict:
         "d_weight": int(problem.d_weight and not problem.keeps_dz),
         "scores": 0,
         "kept": (problem.kept_columns, 0, 0, 0, 0),
+        "pilot": (0, 0),
+        "errors": 0,
         "d_bias": int(problem.d_bias),
         "first": True,
         "divergence": -1 if divergence is None else _native.divergences.index(divergence.name),
