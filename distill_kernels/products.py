@@ -46,6 +46,16 @@ def panel_bytes(problem: Problem) -> int:
     return max(widened, sum_rows(problem) * problem.student_dim) * problem.compute_dtype.itemsize
 
 
+def apply_head(logits, bias, scale, softcap):
+    """In place: softcap(scale · (product + bias))."""
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+
+
 class Products:
     """The three products of a chunk; `dz` is of the compute dtype, or of the head's where 16-bit products are wide."""
 

@@ -70,6 +70,7 @@ def layer(name):
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
 SHARED = {"divergences", "columns", "problem", "plan", "memory", "products", "quantised", "sampling"}
+BACKENDS_SHARE = SHARED | {"chunked", "correction", "_native"}
 ALLOWED = {
     "divergences": set(),
     "memory": set(),
@@ -79,6 +80,7 @@ ALLOWED = {
     "columns": set(),
     "quantised": {"divergences", "problem"},
     "sampling": {"columns", "problem", "products"},
+    "correction": {"divergences", "problem", "products", "quantised", "sampling"},
     "chunked": SHARED,
     "backends": SHARED,  # and one backend at a time, by name, in load()
     "autograd": SHARED | {"chunked", "backends"},
@@ -87,7 +89,7 @@ ALLOWED = {
     "reference": {"divergences"},
     "codegen": {"divergences"},
 }
-ALLOWED |= {f"backend:{name}": SHARED | {"chunked", "_native", f"backend:{name}"} for name in BACKEND_NAMES}
+ALLOWED |= {f"backend:{name}": BACKENDS_SHARE | {f"backend:{name}"} for name in BACKEND_NAMES}
 # `from distill_kernels import divergences` in a module below the façade names a module, not the façade.
 
 

@@ -8,7 +8,8 @@ import torch
 
 from distill_kernels import chunked, quantised
 from distill_kernels.backends.torch.rows import ROW_BUFFERS, Rows, row_kernel
-from distill_kernels.backends.torch.swept import SweptChunk, swept_bytes
+from distill_kernels.backends.torch.swept import SweptChunk
+from distill_kernels.correction import correction_bytes
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, panel_bytes
@@ -30,7 +31,7 @@ def schedule(problem: Problem) -> Schedule:
     row_bytes = problem.vocabulary * element
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     if problem.swept:
-        swept_token_bytes, swept_fixed_bytes = swept_bytes(problem)
+        swept_token_bytes, swept_fixed_bytes = correction_bytes(problem)
         return Schedule(
             name="swept",
             reason=keeps_logits(problem)[1],

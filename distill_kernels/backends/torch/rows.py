@@ -7,6 +7,7 @@ import torch
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.plan import Plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem
+from distill_kernels.products import apply_head
 
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
@@ -34,16 +35,6 @@ def row_kernel(problem: Problem, plan: Plan, rows: Rows):
     for begin in range(0, rows.terms.shape[0], plan.row_tokens):
         part = slice(begin, begin + plan.row_tokens)
         _some_rows(problem, rows.part(part))
-
-
-def apply_head(logits, bias, scale, softcap):
-    """In place: softcap(scale · (product + bias))."""
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _log_probabilities(logits, temperature):
