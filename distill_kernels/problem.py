@@ -156,6 +156,15 @@ def one_of(name, value, allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_sweep(sweep, column_fraction):
+    one_of("sweep", sweep, SWEEPS)
+    if sweep is not None and (column_fraction is None or column_fraction == "auto"):
+        raise ValueError(
+            f"sweep={sweep!r} is corrected by the columns that are computed exactly: pass column_fraction=0.08 or another number, "
+            f"got {column_fraction!r}"
+        )
+
+
 def check_options(
     *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
     teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, sweep_tolerance, workspace_mib,
@@ -174,7 +183,6 @@ def check_options(
         finite_number(name, value, above=0, optional=True)
     one_of("reduction", reduction, REDUCTIONS)
     one_of("vocab_mismatch", vocab_mismatch, VOCAB_MISMATCH)
-    one_of("sweep", sweep, SWEEPS)
     integer("ignore_index", ignore_index)
     if workspace_mib is not None:
         integer("workspace_mib", workspace_mib, least=1)
@@ -189,11 +197,7 @@ def check_options(
     elif column_fraction is not None:
         finite_number("column_fraction", column_fraction, above=0, most=1)
     finite_number("sweep_tolerance", sweep_tolerance, above=0, optional=True)
-    if sweep is not None and (column_fraction is None or column_fraction == "auto"):
-        raise ValueError(
-            f"sweep={sweep!r} is corrected by the columns that are computed exactly: pass column_fraction=0.08 or another number, "
-            f"got {column_fraction!r}"
-        )
+    check_sweep(sweep, column_fraction)
     if process_group is not None:
         raise NotImplementedError("process_group: vocabulary-parallel heads are not available yet; gather the heads and pass None")
 

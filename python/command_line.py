@@ -55,6 +55,7 @@ def _plan(given: argparse.Namespace) -> None:
             divergence=given.divergence,
             weight_gradient=not given.frozen_head,
             column_fraction=given.column_fraction,
+            sweep=given.sweep,
             workspace_mib=given.workspace_mib,
         )
     except (ValueError, NotImplementedError) as error:
@@ -159,6 +160,7 @@ def _add_plan(commands):
     parser.add_argument("--divergence", choices=_divergences(), default="forward_kl", help="default: %(default)s", metavar="NAME")
     parser.add_argument("--frozen-head", action="store_true", default=False, help="the student's head gets no gradient")
     parser.add_argument("--column-fraction", type=float, default=None, metavar="F", help="of the vocabulary that gradient products go over")
+    parser.add_argument("--sweep", choices=("int8", "fp8"), default=None, help="logits from 8-bit products, corrected by those columns")
     parser.add_argument("--workspace-mib", type=int, default=None, metavar="MIB", help="for all but gradients")
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
 

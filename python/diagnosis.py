@@ -24,6 +24,7 @@ def plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     column_fraction: float | str | None = None,
+    sweep: str | None = None,
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Plan:
@@ -33,9 +34,9 @@ def plan(
     call without a teacher (kd_weight=0); column_fraction="auto" counts its largest choice, 32 %.
 
     Returns
-        A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), gradient_bytes,
-        cast_bytes, peak_bytes (above the inputs), eager_bytes (what eager torch holds for the same loss, gradients left out),
-        forward_flops, backward_flops.
+        A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), quantised_bytes (of
+        the heads in 8 bits, for a sweep), gradient_bytes, cast_bytes, peak_bytes (above the inputs), eager_bytes (what eager torch holds
+        for the same loss, gradients left out), forward_flops, backward_flops.
 
     Raises
         ValueError if the workspace cannot hold one token's logits; NotImplementedError if no backend can run it.
@@ -54,6 +55,7 @@ def plan(
     contract.one_of("dtype", dtype, contract.DTYPES)
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
+    contract.check_sweep(sweep, column_fraction)
     tolerance = 0.0
     if column_fraction == "auto":
         column_fraction, tolerance = FRACTIONS[-1], 1.0  # that there is one decides what is kept, not which
@@ -74,6 +76,7 @@ def plan(
         d_weight=weight_gradient,
         column_fraction=column_fraction or 0.0,
         gradient_tolerance=tolerance,
+        sweep=sweep or "",
         workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
     )
     return backends.plan(problem, backend, deferred=deferred)

@@ -32,3 +32,29 @@ def sampling_pays():
         patch.setattr(columns, "LEAST_TOKENS", 1)
         patch.setattr(columns, "LEAST_VOCABULARY", 1)
         yield
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """(columns, weights, uniform, scores, tokens) of every chunk."""
+    from distill_kernels import sampling
+    from distill_kernels.backends import native
+
+    recorded = []
+
+    def recording(draw):
+        def record(scores, kept, uniform):
+            drawn, weights = draw(scores, kept, uniform)
+            recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
+            return drawn, weights
+
+        return record
+
+    def count(self, chunk, *args, gradients=sampling.Sampler.gradients):
+        gradients(self, chunk, *args)
+        recorded[-1].append(chunk.terms.shape[0])
+
+    monkeypatch.setattr(sampling, "draw", recording(sampling.draw))
+    monkeypatch.setattr(native.Kernels, "draw", staticmethod(recording(native.Kernels.draw)))
+    monkeypatch.setattr(sampling.Sampler, "gradients", count)
+    return recorded

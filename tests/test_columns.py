@@ -50,29 +50,6 @@ def test_an_input_that_is_not_finite_shows_in_both_gradients(sampling_pays, back
     assert got["d_student_hidden"][2].isnan().all() and got["d_student_weight"].isnan().any()
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """(columns, weights, uniform, scores, tokens) of every chunk."""
-    recorded = []
-
-    def recording(draw):
-        def record(scores, kept, uniform):
-            drawn, weights = draw(scores, kept, uniform)
-            recorded.append([drawn.cpu(), weights.cpu(), int(uniform), scores.clone().cpu()])
-            return drawn, weights
-
-        return record
-
-    def count(self, chunk, *args, gradients=sampling.Sampler.gradients):
-        gradients(self, chunk, *args)
-        recorded[-1].append(chunk.terms.shape[0])
-
-    monkeypatch.setattr(sampling, "draw", recording(sampling.draw))
-    monkeypatch.setattr(native.Kernels, "draw", staticmethod(recording(native.Kernels.draw)))
-    monkeypatch.setattr(sampling.Sampler, "gradients", count)
-    return recorded
-
-
 def from_draws(inputs, draws, upstream=1.0, **options):
     """The gradients that the recorded draws should have given, from the reference's gradient of the logits; `upstream` (N,) came later."""
     inputs = inputs.to(torch.float64)
