@@ -65,8 +65,13 @@ DK_INLINE Vector from_float16(Halves h) {
 }
 
 // Where one argument is NaN these give the second, as the x86 instructions do: put the constant first and a NaN passes.
+#ifdef DK_MAXIMUM
+DK_INLINE Vector maximum(Vector a, Vector b) { return DK_MAXIMUM(a, b); }
+DK_INLINE Vector minimum(Vector a, Vector b) { return DK_MINIMUM(a, b); }
+#else
 DK_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 DK_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
+#endif
 DK_INLINE Vector sign(Vector a) { return select(a > 0.0f, broadcast(1.0f), select(a < 0.0f, broadcast(-1.0f), Vector{})); }
 
 // e^x, relative error below 2e-7 (tested); 0 below the smallest normal number, infinity from 88.73 at the latest; NaN stays NaN.
