@@ -24,15 +24,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from distill_kernels import chunked
-from distill_kernels.backends.triton import launch, sweep
+from distill_kernels.backends.triton import launch, quantised_sweep, sweep
+from distill_kernels.correction import Model
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
+from distill_kernels.quantised import KINDS, PILOT_FRACTION, padded_dim
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+CONFIGURED_AS = {"sm_89": "sm_80"}  # the backend's configurations of other names
 SAID: dict[str, str] = {}  # by the assembler, which is not asked again about what has been compiled
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +58,7 @@ class Limits:
 
 LIMITS = {
     "sm_80": Limits(108, 65536, 256, 4, 64, 32, 164 * 1024, 99 * 1024, 1024),  # 163 KiB a program; 8.6, 8.9 and 12.x have 99
+    "sm_89": Limits(128, 65536, 256, 4, 48, 24, 100 * 1024, 99 * 1024, 1024),
     "sm_90": Limits(132, 65536, 256, 4, 64, 32, 228 * 1024, 227 * 1024, 1024),
     "sm_100": Limits(148, 65536, 256, 4, 64, 32, 228 * 1024, 227 * 1024, 1024),
     "gfx942": Limits(304, 131072, 512, 4, 32, 32, 64 * 1024, 64 * 1024, 0),
@@ -131,34 +136,19 @@ def problem(tokens, vocabulary, student_dim, teacher_dim, dtype, divergence, **o
 def standing_for(target: str):
     """Whatever the launcher and the planner ask of a device is answered for `target`."""
     with (
-        mock.patch.object(launch, "architecture", lambda device: target),
+        mock.patch.object(launch, "architecture", lambda device: CONFIGURED_AS.get(target, target)),
         mock.patch.object(launch, "multiprocessors", lambda device: LIMITS[target].multiprocessors),
     ):
         yield
 
 
-def launches(target: str, problem: Problem, *, fused=False, tile: sweep.Configuration | None = None, bias=False) -> list[Launch]:
-    """What the backend would launch for a chunk of all tokens: the row kernels, or `fused` the sweep, with `tile` if it is given."""
+def launches(
+    target: str, problem: Problem, *, fused=False, tile: sweep.Configuration | quantised_sweep.Configuration | None = None, bias=False
+) -> list[Launch]:
+    """What the backend would launch for a chunk of all tokens: the row kernels, or `fused` the sweep, or if it is swept the quantised one
+    and what corrects it; the sweeps with `tile` if it is given."""
     made = []
-
-    def new(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    def head(dim, dtype):
-        if dim == 0:
-            return None, None, None
-        weight = new(problem.vocabulary, dim, dtype=dtype)
-        return new(problem.tokens, dim, dtype=dtype), weight, new(problem.vocabulary, dtype=dtype) if bias else None
-
-    student_hidden, student_weight, student_bias = head(problem.student_dim, problem.student_dtype)
-    teacher_hidden, teacher_weight, teacher_bias = head(problem.teacher_dim, problem.teacher_dtype)
-    labels = new(problem.tokens, dtype=torch.int64) if problem.cross_entropy else None
-    coefficients = new(problem.tokens, len(TERMS))
-    tensors = Tensors(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficients)
-    stats = new(problem.tokens, len(STATS)) if problem.stats else None
-    terms = new(problem.tokens, len(TERMS))
-    read = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden, "labels": labels, "coefficients": coefficients}
-    chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | read | {"terms": terms, "stats": stats})
+    tensors, chunk = _chunk(problem, bias)
 
     def record(kernel, grid, values, **options):
         made.append(Launch(kernel, grid, {name: values[name] for name in kernel.arg_names}, options))
@@ -167,19 +157,69 @@ def launches(target: str, problem: Problem, *, fused=False, tile: sweep.Configur
         patched.enter_context(mock.patch.object(launch, "_launch", record))
         patched.enter_context(standing_for(target))
         if tile is not None:
-            patched.enter_context(mock.patch.object(sweep, "configuration", lambda *asked: tile))
+            patched.enter_context(mock.patch.object(quantised_sweep if problem.swept else sweep, "configuration", lambda *asked: tile))
         launcher = launch.Launcher(problem, tensors)
-        if fused:
+        if problem.swept:
+            _launch_swept(launcher, problem, tensors, chunk)
+        elif fused:
             launcher.sweep(chunk)
         else:
-            logits = [new(problem.tokens, problem.vocabulary) if dim else None for dim in (problem.student_dim, problem.teacher_dim)]
+            logits = [_new(problem.tokens, problem.vocabulary) if dim else None for dim in (problem.student_dim, problem.teacher_dim)]
             dz, dz_scale = None, None
             if problem.gradient:
                 narrow = problem.student_dtype.itemsize == 2
-                dz = new(problem.tokens, problem.vocabulary, dtype=problem.student_dtype) if narrow else logits[0]
-                dz_scale = new(1) if problem.student_dtype is torch.float16 else None
+                dz = _new(problem.tokens, problem.vocabulary, dtype=problem.student_dtype) if narrow else logits[0]
+                dz_scale = _new(1) if problem.student_dtype is torch.float16 else None
             launcher.rows(chunk, *logits, dz, dz_scale)
     return made
+
+
+def _new(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _chunk(problem, bias) -> tuple[Tensors, chunked.Chunk]:
+    """Without storage."""
+
+    def head(dim, dtype):
+        if dim == 0:
+            return None, None, None
+        weight = _new(problem.vocabulary, dim, dtype=dtype)
+        return _new(problem.tokens, dim, dtype=dtype), weight, _new(problem.vocabulary, dtype=dtype) if bias else None
+
+    student_hidden, student_weight, student_bias = head(problem.student_dim, problem.student_dtype)
+    teacher_hidden, teacher_weight, teacher_bias = head(problem.teacher_dim, problem.teacher_dtype)
+    labels = _new(problem.tokens, dtype=torch.int64) if problem.cross_entropy else None
+    coefficients = _new(problem.tokens, len(TERMS))
+    tensors = Tensors(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficients)
+    stats = _new(problem.tokens, len(STATS)) if problem.stats else None
+    read = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden, "labels": labels, "coefficients": coefficients}
+    chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | read | {"terms": _new(problem.tokens, len(TERMS)), "stats": stats})
+    return tensors, chunk
+
+
+def _launch_swept(launcher, problem, tensors, chunk):
+    """As backends.triton.swept does."""
+    tokens, kept = problem.tokens, problem.kept_columns
+
+    def model(prefix):
+        dim = padded_dim(getattr(problem, f"{prefix}_dim"))
+        rows, head = (_new(count, dim, dtype=KINDS[problem.sweep][0]) for count in (tokens, problem.vocabulary))
+        bias = getattr(tensors, f"{prefix}_bias")
+        parts = getattr(problem, f"{prefix}_logit_scale"), getattr(problem, f"{prefix}_softcap")
+        return Model(None, None, None if bias is None else bias.float(), rows, _new(tokens, 3), head, _new(problem.vocabulary, 3), *parts)
+
+    student, teacher = model("student"), model("teacher") if problem.teacher_dim else None
+
+    def both(columns):
+        return [None if one is None else launcher.swept_logits(one, columns) for one in (student, teacher)]
+
+    references = launcher.references(*both(_new(-(-problem.vocabulary // PILOT_FRACTION), dtype=torch.int64)))
+    launcher.quantised_sweep(chunk, student, teacher, references)
+    columns, weights = _new(kept, dtype=torch.int64), _new(kept)
+    x, y = _new(tokens, kept), None if teacher is None else _new(tokens, kept)
+    launcher.differences(x, y, *both(columns), weights, references)
+    launcher.kept_gradient(chunk, x, y, columns, weights, _new(7, tokens), _new(tokens, kept))
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> tuple[float, str]:

@@ -17,7 +17,8 @@ import triton
 
 from benchmarks import record, triton_ahead
 from distill_kernels import divergences
-from distill_kernels.backends.triton import sweep
+from distill_kernels.backends.triton import quantised_sweep, sweep
+from distill_kernels.quantised import KINDS
 
 NAME = "triton_compile"
 KEY = ("target", "kernel", "variant", "dtype", "configuration")
@@ -39,6 +40,9 @@ FORWARD_KL, REVERSE_KL = DIVERGENCES[:2]
 
 def cases(target: str, check: bool):
     """(variant, launch, what was promised) of everything that is compiled for a target."""
+    yield from _quantised_cases(target, check)
+    if target in triton_ahead.CONFIGURED_AS:
+        return  # what it does otherwise than the target whose configurations it has
     yield from _sweep_cases(target, check)
     yield from _row_cases(target, check)
 
@@ -85,6 +89,37 @@ def _sweeps(variant, target, problem, tile, bias):
         yield f"{variant}: {kind}", launch, problem.student_dtype, _promised(target, launch, problem.student_dtype)
 
 
+SWEPT = {"column_fraction": 0.08, **GRADIENTS}
+
+
+def _quantised_cases(target, check):
+    kinds = {"sm_89": ("fp8",), "sm_80": ("int8",), "gfx942": ("int8",)}.get(target, ("int8", "fp8"))
+    for kind in kinds:
+        tiles = quantised_sweep.CONFIGURATIONS[triton_ahead.CONFIGURED_AS.get(target, target), kind]
+        for tile in tiles[-1:] if check else tiles:
+            wanted = [(f"{FORWARD_KL}", FORWARD_KL, {})]
+            if not tile.bare:
+                wanted += [(f"{REVERSE_KL} with everything and stats", REVERSE_KL, EVERYTHING | {"label_smoothing": 0.0, "stats": True})]
+            if not (check or tile.bare):
+                wanted += [
+                    (f"{FORWARD_KL} with everything", FORWARD_KL, EVERYTHING | {"label_smoothing": 0.0}),
+                    (f"{FORWARD_KL} and cross entropy", FORWARD_KL, {"cross_entropy": True}),
+                    ("cross entropy", None, {"cross_entropy": True}),
+                ]
+            for variant, divergence, options in wanted[-1:] if check else wanted:
+                problem = _problem(3 * tile.rows, torch.bfloat16, divergence, sweep=kind, **SWEPT, **options)
+                yield from _quantised(f"{variant}, {kind}", target, problem, tile, bias=len(options) > 1)
+
+
+def _quantised(variant, target, problem, tile, bias):
+    promised = {"gfx942": "mfma", "sm_90": "wgmma", "sm_100": "tcgen05" if problem.sweep == "fp8" else "mma.sync"}.get(target, "mma.sync")
+    for launch in triton_ahead.launches(target, problem, tile=tile, bias=bias):
+        if launch.name in ("quantised_sweep_kernel", "logits_kernel"):
+            yield variant, launch, KINDS[problem.sweep][0], promised
+        else:
+            yield variant, launch, torch.float32, None
+
+
 def _promised(target, launch, dtype):
     if dtype is torch.float32 and launch.values["PRECISION"] == "ieee":
         return "mfma" if target == "gfx942" else "fma"
@@ -107,7 +142,7 @@ def _configuration(launch):
     values, warps = launch.values, launch.options["num_warps"]
     if "ENTRIES" not in values:
         return f"{values['ROWS']} x {values['BLOCK']}, {warps} warps" if "BLOCK" in values else f"{values['ROWS']} tokens, {warps} warps"
-    reads = "descriptors" if values["DESCRIPTORS"] else "pointers"
+    reads = "descriptors" if values.get("DESCRIPTORS") else "pointers"
     return f"{values['ROWS']} x {values['ENTRIES']} x {values['DEPTH']}, {warps} warps, {launch.options['num_stages']} stages, {reads}"
 
 

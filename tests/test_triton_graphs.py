@@ -7,7 +7,7 @@ import torch
 from accuracy import everything, make_inputs, make_labels, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_kernels import autograd, chunked, distillation_loss, sampling
+from distill_kernels import autograd, chunked, distillation_loss, quantised, sampling
 from distill_kernels.backends import triton as backend
 
 pytest.importorskip("triton")
@@ -41,6 +41,8 @@ CAPTURED = {
     "sampled": {"column_fraction": 0.08, "seed": 3},
     "sampled, kept for backward": {"labels": make_labels(TOKENS, VOCABULARY), "column_fraction": 0.08, "seed": 3, "reduction": "none"},
     "masked and sampled": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.08, "seed": 3},
+    "swept": {"column_fraction": 0.08, "seed": 3, "sweep": "int8"},
+    "masked and swept": {"labels": make_labels(TOKENS, VOCABULARY), "ce_weight": 0.5, "column_fraction": 0.3, "seed": 3, "sweep": "int8"},
 }
 captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
 
@@ -82,6 +84,11 @@ def test_graph_being_captured_waits_for_nothing(options, dtype, sampling_pays, m
     for name in ("run", "multiply_kept"):
         monkeypatch.setattr(backend, name, functools.partial(watched, getattr(backend, name)))
     monkeypatch.setattr(sampling, "draw", lambda scores, *rest: drawn.append(rest) or draw(scores.as_subclass(OnDevice), *rest))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    exceeds = quantised.exceeds
+    monkeypatch.setattr(
+        quantised, "exceeds", lambda problem, chunk: exceeds(problem, chunk._replace(errors=chunk.errors.as_subclass(OnDevice)))
+    )
     not_compacted(monkeypatch)
     inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
     with_gradients(distillation_loss, inputs, 1.7, backend="triton", **on_device(options))

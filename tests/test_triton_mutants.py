@@ -21,6 +21,7 @@ from accuracy import (
     everything,
     make_inputs,
     make_labels,
+    with_gradients,
 )
 
 from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, reference
@@ -153,10 +154,27 @@ def stats():
         assert_as_good_as_eager(name, getattr(got, name), eager[name], value, slack=2)
 
 
+def quantised(**options):
+    """A quantised sweep, against the torch backend's; the columns drawn say whether the scores are right."""
+    inputs = make_inputs("realistic", bias=True)
+    options = {"sweep": "int8", "column_fraction": 0.3, "seed": 3, "sweep_tolerance": None} | options
+    truth, got = (with_gradients(distillation_loss, inputs, 1.7, backend=name, **options) for name in ("torch", "triton"))
+    for name, value in truth.items():
+        assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+    errors = [distillation_loss_and_stats(*inputs[:4], backend=name, **options)[1] for name in ("torch", "triton")]
+    for name in ("divergence_error", "logsumexp_error"):
+        want, found = (getattr(stats, name) for stats in errors)
+        assert (found - want).abs().max() <= 1e-4 * want.abs().max(), name
+
+
+def quantised_with_everything():
+    quantised(divergence="reverse_kl", **{name: value for name, value in everything(21, 300).items() if name != "label_smoothing"})
+
+
 CASES = (
     chunked, chunked_plain, chunked_three_passes, chunked_clamped, chunked_student_clamped_once, chunked_teacher_clamped_once,
     chunked_untempered_clamped, chunked_cold, chunked_float16, stats,
-    swept, swept_plain, swept_with_gaps, swept_clamped,
+    swept, swept_plain, swept_with_gaps, swept_clamped, quantised, quantised_with_everything,
 )  # fmt: skip
 
 
@@ -246,6 +264,46 @@ MUTANTS = {
     ),
     "slope of the softcap left out": Mutant(chunked, "tiles", "dz *= 1.0 - ratio * ratio", "dz *= 1.0"),
     "float32 products in tf32": Mutant(swept, "launch", '"PRECISION": _precision()', '"PRECISION": "tf32"'),
+    # The quantised sweep.
+    "8-bit rows loaded beyond the tokens": Mutant(
+        quantised, "quantised_sweep", "mask=there[:, None] & inner[None, :], other=0.0", "mask=inner[None, :], other=0.0"
+    ),
+    "8-bit head loaded beyond the vocabulary": Mutant(
+        quantised, "quantised_sweep", "mask=inside[None, :] & inner[:, None], other=0.0", "mask=inner[:, None], other=0.0"
+    ),
+    "scores of every block in the first one's row": Mutant(
+        quantised, "quantised_sweep", "squares += block.to(tl.int64) * vocabulary", "squares += 0"
+    ),
+    "scores of a tile's parts swapped": Mutant(
+        quantised, "quantised_sweep", "tile.shape[1] // 2)).permute((0, 2, 1)))", "tile.shape[1] // 2)).flip(1).permute((0, 2, 1)))"
+    ),
+    "padding counted in the swept sums": Mutant(
+        quantised, "quantised_sweep", "student_sum += tl.sum(tl.where(inside[None, :], q, 0.0), 1)", "student_sum += tl.sum(q, 1)"
+    ),
+    "scale of the head's rows left out": Mutant(
+        quantised, "quantised_sweep", "* row_scale[:, None] * head_scale[None, :]", "* row_scale[:, None]"
+    ),
+    "label's own column scored by nothing": Mutant(
+        quantised_with_everything, "quantised_sweep", "entries[None, :] == label[:, None], label_square[:, None]",
+        "entries[None, :] == label[:, None], 0.0 * label_square[:, None]",
+    ),
+    "list of columns taken for the first ones": Mutant(
+        quantised, "quantised_sweep", "entries = tl.load(columns + at, mask=inside, other=0)", "entries = at.to(tl.int64)"
+    ),
+    "difference not weighted": Mutant(quantised, "kept_columns", "s0 += tl.sum(weight * d0, 1)", "s0 += tl.sum(d0, 1)"),
+    "surely kept columns counted as uncertain": Mutant(
+        quantised, "kept_columns", "uncertain = weight * (weight - 1.0)", "uncertain = weight * weight"
+    ),
+    "moments laid out in another order": Mutant(quantised, "swept", "MATRIX = (0, 1, 2, 3, 1, 4,", "MATRIX = (0, 1, 2, 3, 1, 5,"),
+    "kept gradient not weighted": Mutant(
+        quantised, "kept_columns", "made *= tl.load(weights + at, mask=inside, other=0.0)[None, :]", "made *= 1.0"
+    ),
+    "label of the kept gradient one column off": Mutant(
+        quantised_with_everything, "kept_columns", "tl.load(columns + at, mask=inside, other=-1), label", "at, label"
+    ),
+    "untempered sums of the tempered softmax": Mutant(
+        quantised_with_everything, "quantised_sweep", "untempered_sum if SEPARATE else student_sum", "student_sum"
+    ),
     # The floor.
     "log-probabilities not raised to the floor": Mutant(
         chunked_clamped, "elementwise", "tl.where(log_probability < FLOOR, FLOOR, log_probability)", "log_probability"
@@ -277,12 +335,14 @@ def run(case):
         case()
 
 
+@pytest.mark.usefixtures("sampling_pays")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_copy_without_a_mistake_passes(case, backend_of):
     backend_of()
     run(case)
 
 
+@pytest.mark.usefixtures("sampling_pays")
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_mistake_is_found(mutant, backend_of):
     backend_of(*mutant[1:])

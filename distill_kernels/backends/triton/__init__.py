@@ -1,12 +1,14 @@
 """The triton backend: GPU kernels, and the same kernels on CPU tensors in Triton's interpreter.
 
 Chunked: products by the vendor's library into a reused workspace, `rows` between them; 16-bit heads get a 16-bit dz, which tensor cores
-multiply. Tile-fused: `sweep`, where no gradient is asked for. Triton is imported where it is needed first.
+multiply. Tile-fused: `sweep`, where no gradient is asked for. Swept: `quantised_sweep`,
+whose 8-bit logits are corrected by a few exact ones. Triton is imported where it is needed first.
 """
 
 import torch
 
-from distill_kernels import chunked
+from distill_kernels import chunked, quantised
+from distill_kernels.correction import correction_bytes
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, multiplies_wide, panel_bytes
@@ -16,6 +18,7 @@ MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
 SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: thousands of tokens share each pass over the heads
 SAMPLED_TOKENS = 512  # of a chunk whose gradient columns are sampled: fewer sample better, but each reads the heads again
 OLDEST_CAPABILITY = (8, 0)
+OLDEST_FLOAT8 = (8, 9)  # whose tensor cores multiply it
 
 
 def describe() -> str:
@@ -48,8 +51,10 @@ def why_not(problem: Problem) -> str | None:
             return "torch finds no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < OLDEST_CAPABILITY:
             return f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later"
-    if problem.swept:
-        return f"it has no {problem.sweep} sweep"
+        if problem.sweep == "fp8" and torch.version.hip is not None:
+            return "AMD's gfx942 multiplies another float8 than e4m3; int8 runs there"
+        if problem.sweep == "fp8" and torch.cuda.get_device_capability(problem.device) < OLDEST_FLOAT8:
+            return f"float8 wants a GPU of compute capability {'.'.join(map(str, OLDEST_FLOAT8))} or later; int8 runs on older ones"
     if problem.divergence is not None:
         from distill_kernels.backends.triton.elementwise import why_no_device_function
 
@@ -61,6 +66,9 @@ def schedule(problem: Problem) -> Schedule:
     from distill_kernels.backends.triton import launch
 
     keeps, reason = keeps_logits(problem)
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
+    if problem.swept:
+        return _swept_schedule(problem, reason, sampled_token_bytes, sampled_fixed_bytes)
     token_bytes, fixed_bytes = launch.partial_bytes(problem, keeps)
     # What a chunk of scattered tokens is gathered into; where torch does not make wide products, also what it widens.
     token_bytes += problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
@@ -69,7 +77,6 @@ def schedule(problem: Problem) -> Schedule:
         fixed_bytes += panel_bytes(problem)
         if not multiplies_wide(problem.device):
             token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     return Schedule(
         name="chunked" if keeps else "tile-fused",
         reason=reason,
@@ -81,6 +88,21 @@ def schedule(problem: Problem) -> Schedule:
     )
 
 
+def _swept_schedule(problem: Problem, reason, sampled_token_bytes, sampled_fixed_bytes) -> Schedule:
+    from distill_kernels.backends.triton import launch
+
+    token_bytes, fixed_bytes = (a + b for a, b in zip(launch.swept_bytes(problem), correction_bytes(problem), strict=True))
+    hidden_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
+    return Schedule(
+        name="swept",
+        reason=reason,
+        keeps_logits=False,
+        most_tokens=SAMPLED_TOKENS,
+        token_bytes=hidden_bytes + token_bytes + sampled_token_bytes,
+        fixed_bytes=panel_bytes(problem) + fixed_bytes + sampled_fixed_bytes,
+    )
+
+
 def _dz_bytes(problem: Problem) -> int:
     """Of an entry of dz, where it does not take the place of the student's logits."""
     return problem.student_dtype.itemsize if problem.gradient and problem.student_dtype.itemsize < 4 else 0
@@ -89,7 +111,7 @@ def _dz_bytes(problem: Problem) -> int:
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     with torch.cuda.device_of(tensors.student_hidden):
         plan = make_plan(problem, schedule(problem))
-        return (_run_chunked if plan.schedule == "chunked" else _run_tile_fused)(problem, tensors, plan, chunked.compacts(problem))
+        return RUN[plan.schedule](problem, tensors, plan, chunked.compacts(problem))
 
 
 def _run_tile_fused(problem, tensors, plan, compact):
@@ -132,6 +154,34 @@ def _run_chunked(problem, tensors, plan, compact):
             kernels.exact(chunk)
 
     return _unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
+
+
+def _run_swept(problem, tensors, plan, compact):
+    from distill_kernels.backends.triton.launch import Launcher
+    from distill_kernels.backends.triton.swept import SweptChunk
+
+    launcher, products = Launcher(problem, tensors), Products(problem, tensors.student_hidden.device)
+    sampler = Sampler(problem, tensors, plan)
+    pilot = quantised.pilot(problem, tensors)
+    dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
+    dz_scale = _dz_scale(problem, tensors.coefficients) if dtype is torch.float16 else None
+
+    def kernel(chunk: chunked.Chunk):
+        counts = None
+        if problem.compact and not compact:  # tokens that count for nothing are here, and may hold anything
+            counts = (chunk.coefficients != 0).any(-1, keepdim=True)
+            hidden = (None if h is None else torch.where(counts, h, 0) for h in (chunk.student_hidden, chunk.teacher_hidden))
+            chunk = chunk._replace(**dict(zip(("student_hidden", "teacher_hidden"), hidden, strict=True)))
+        kernels = SweptChunk(launcher, problem, tensors, products, chunk, dtype, dz_scale)
+        sampler.gradients(chunk, kernels.sweep(pilot), kernels)
+        for written in () if counts is None else (chunk.terms, chunk.stats, chunk.errors):
+            if written is not None:
+                written.masked_fill_(~counts, 0.0)
+
+    return _unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
+
+
+RUN = {"chunked": _run_chunked, "tile-fused": _run_tile_fused, "swept": _run_swept}
 
 
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:

@@ -5,11 +5,13 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill_kernels import chunked
-from distill_kernels.backends.triton import rows, sweep
+from distill_kernels.backends.triton import kept_columns, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import MERGED, STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
+from distill_kernels.quantised import PILOT_FRACTION
 
+READ = ("rows", "head", "row_scales", "head_scales")  # of a `correction.Model` by the sweep
 INTERPRETED_MULTIPROCESSORS = 7  # odd, and enough that a small problem has several blocks and several ragged splits of each
 
 
@@ -34,6 +36,20 @@ def partial_bytes(problem: Problem, keeps_logits: bool) -> tuple[int, int]:
         return 2 * rows.partial_bytes(1, 1), 2 * rows.partial_bytes(rows.configuration(architecture(problem.device)).programs, 1)
     tile = sweep.configuration(architecture(problem.device), _widest(problem), problem.tokens).rows
     return rows.partial_bytes(1, 1) + 4 * MERGED, rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
+
+
+def swept_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes of what the quantised sweep's kernels leave: (for each token, and beside them)."""
+    pilot = -(-problem.vocabulary // PILOT_FRACTION)
+    of_rows = rows.configuration(architecture(problem.device))
+    tile = quantised_sweep.configuration(architecture(problem.device), problem.sweep, problem.tokens, False)
+    # Logits of the pilot, and the sweep's of the columns kept, of two models; squared scores by blocks of tokens, and their sum.
+    models = 2 if problem.teacher_dim else 1
+    token_bytes = 4 * models * max(pilot, problem.kept_columns) + -(-4 * problem.vocabulary // tile.rows)
+    fields = max(STATISTICS + TOTALS, quantised_sweep.SUMS + kept_columns.MOMENTS)
+    most_splits = fields * 4 * 2 * of_rows.programs  # splits_of rounds up to a power of two, so by less than two
+    sums = 4 * quantised_sweep.SUMS * tile.rows * (multiprocessors(problem.device) + 1)
+    return token_bytes + 2 * 4 * fields, 2 * 4 * problem.vocabulary + most_splits + sums
 
 
 class Launcher:
@@ -131,9 +147,101 @@ class Launcher:
         nothing = {"student_logits": None, "teacher_logits": None, "dz": None, "dz_scale": None, "totals": totals}
         _launch(rows.gradient_kernel, grid, values | by_token | nothing, num_warps=1)
 
+    def references(self, x, y):
+        """(REFERENCES, n) of the sweep from logits (n, P) of the pilot; y None: there is no teacher."""
+        tokens, pilot = x.shape
+        configuration = rows.configuration(self.architecture)
+        splits = rows.splits_of(tokens, pilot, configuration)
+        partial, _ = self._partial(tokens, splits)
+        made = self.tensors.coefficients.new_empty(quantised_sweep.REFERENCES, tokens)
+        meant = {"student_bias": None, "teacher_bias": None, "student_scale": 1.0, "teacher_scale": 1.0} | {
+            "student_softcap": None, "teacher_softcap": None, "SMOOTHING": False, "TOP": False,
+        }  # fmt: skip
+        values = self.common | meant | {
+            "student_logits": x, "teacher_logits": y, "labels": None, "partial": partial, "references": made, "tokens": tokens,
+            "vocabulary": pilot, "splits": splits, "slice_entries": _multiple(-(-pilot // splits), configuration.block),
+            "ROWS": configuration.rows, "BLOCK": configuration.block, "SPLITS": triton.next_power_of_2(splits),
+        }  # fmt: skip
+        blocks = -(-tokens // configuration.rows)
+        _launch(rows.statistics_kernel, (blocks, splits), values | self._early(), num_warps=configuration.warps)
+        _launch(quantised_sweep.references_kernel, (blocks,), values, num_warps=1)
+        return made
+
+    def quantised_sweep(self, chunk: chunked.Chunk, student, teacher, references):
+        """Σ of every token by splits, (SUMS, n, splits), and squared scores of every column by blocks of tokens, (blocks, V)."""
+        tokens, vocabulary = chunk.student_hidden.shape[0], self.problem.vocabulary
+        configuration = quantised_sweep.configuration(self.architecture, self.problem.sweep, tokens, self._bare())
+        blocks = -(-tokens // configuration.rows)
+        splits = sweep.splits_of(blocks, vocabulary, multiprocessors(self.device), configuration)
+        new = self.tensors.coefficients.new_empty
+        sums, squares = new(quantised_sweep.SUMS, tokens, splits), new(blocks, vocabulary)
+        models = {"student": student, "teacher": teacher}
+        matrices = {f"{name}_{part}": None if model is None else getattr(model, part) for name, model in models.items() for part in READ}
+        matrices |= {f"{name}_dim": 0 if model is None else model.rows.shape[1] for name, model in models.items()}
+        if configuration.descriptors:
+            for name, height in (("rows", configuration.rows), ("head", configuration.entries)):
+                for prefix, model in models.items():
+                    if model is not None:
+                        block = [height, configuration.depth]
+                        matrices[f"{prefix}_{name}"] = TensorDescriptor.from_tensor(getattr(model, name), block)
+        values = self.common | self._of(chunk) | matrices | {
+            "references": references, "sums": sums, "squares": squares, "tokens": tokens, "splits": splits, "blocks": blocks,
+            "slice_entries": _multiple(-(-vocabulary // splits), configuration.entries), "ROWS": configuration.rows,
+            "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "DESCRIPTORS": configuration.descriptors,
+            "PARTS": configuration.parts, "INTEGERS": self.problem.sweep == "int8",
+        }  # fmt: skip
+        options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+        _launch(quantised_sweep.quantised_sweep_kernel, (blocks * splits,), values, **options)
+        return sums, squares
+
+    def swept_logits(self, model, columns):
+        """(n, m) float32: the sweep's logits of a model's entries (m,)."""
+        tokens, count = len(model.rows), len(columns)
+        configuration = quantised_sweep.listed_configuration(self.architecture)
+        blocks = -(-tokens // configuration.rows)
+        logits = self.tensors.coefficients.new_empty(tokens, count)
+        values = {part: getattr(model, part) for part in READ} | {
+            "bias": model.bias, "columns": columns, "logits": logits, "tokens": tokens, "count": count, "blocks": blocks,
+            "dim": model.rows.shape[1], "scale": model.scale, "softcap": model.softcap, "ROWS": configuration.rows,
+            "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "INTEGERS": self.problem.sweep == "int8",
+        }  # fmt: skip
+        options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+        _launch(quantised_sweep.logits_kernel, (blocks * -(-count // configuration.entries),), values, **options)
+        return logits
+
+    def differences(self, x, y, swept_x, swept_y, weights, references):
+        """(SUMS + MOMENTS, n, splits) from logits (n, K) of the columns kept."""
+        tokens, count = x.shape
+        configuration = rows.configuration(self.architecture)
+        splits = rows.splits_of(tokens, count, configuration)
+        made = self.tensors.coefficients.new_empty(quantised_sweep.SUMS + kept_columns.MOMENTS, tokens, splits)
+        values = self.common | {
+            "x": x, "y": y, "swept_x": swept_x, "swept_y": swept_y, "weights": weights, "references": references, "differences": made,
+            "tokens": tokens, "count": count, "splits": splits, "slice_entries": _multiple(-(-count // splits), configuration.block),
+            "ROWS": configuration.rows, "BLOCK": configuration.block,
+        }  # fmt: skip
+        _launch(kept_columns.difference_kernel, (-(-tokens // configuration.rows), splits), values, num_warps=configuration.warps)
+        return made
+
+    def kept_gradient(self, chunk, x, y, columns, weights, factors, dz):
+        """dz (n, K) of the columns kept, each times its weight."""
+        tokens, count = x.shape
+        configuration = rows.configuration(self.architecture)
+        values = self.common | self._of(chunk) | {
+            "x": x, "y": y, "columns": columns, "weights": weights, "factors": factors, "dz": dz, "tokens": tokens, "count": count,
+            "ROWS": configuration.rows, "BLOCK": configuration.block,
+        }  # fmt: skip
+        grid = (-(-tokens // configuration.rows), -(-count // configuration.block))
+        _launch(kept_columns.kept_gradient_kernel, grid, values, num_warps=configuration.warps)
+
     def _partial(self, tokens, splits):
         new = self.tensors.coefficients.new_empty
         return new(STATISTICS, tokens, splits), new(TOTALS, tokens, splits)
+
+    def _bare(self):
+        """Whether there is nothing but the divergence."""
+        wanted = ("student_bias", "teacher_bias", "student_softcap", "teacher_softcap")
+        return not (self.common["STATS"] or self.common["UNTEMPERED"]) and all(self.common[name] is None for name in wanted)
 
     def _of(self, chunk):
         labels = chunk.labels if self.problem.cross_entropy else None
