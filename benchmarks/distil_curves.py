@@ -1,6 +1,8 @@
-"""Distillation with exact and with column-sampled gradients, several seeds each: does sampling change what is learned?
+"""Distillation with exact losses, with column-sampled gradients and with the quantised sweep, several seeds each: does it change what is
+learned?
 
-    python -m benchmarks.distil_curves            # 25 minutes on two cores; writes results/distil_curves.csv and distil_curves.png
+    python -m benchmarks.distil_curves            # half an hour on two cores; writes results/distil_curves.csv and distil_curves.png
+    python -m benchmarks.distil_curves 0.08 "int8 0.08"                      # some of them; the others' rows stay
 
 The student of the demo (12 of SmolLM2's 30 layers), here with its tied embeddings and head trained too, so that both sampled gradients
 matter, on the demo's text. A seed fixes the order of the text; runs of one seed differ in their gradients alone. Held-out KL to the
@@ -10,6 +12,7 @@ teacher along the run is what is compared: a fraction is good enough where its c
 import copy
 import functools
 import statistics
+import sys
 import time
 
 import torch
@@ -18,11 +21,18 @@ from benchmarks import record
 from distill_kernels.api import demo, demo_models, demo_text
 from distill_kernels.api.models import run_backbone
 
-FRACTIONS = (None, 0.04, 0.08, 0.16)
+VARIANTS = {
+    "exact": {},
+    "0.04": {"column_fraction": 0.04},
+    "0.08": {"column_fraction": 0.08},
+    "0.16": {"column_fraction": 0.16},
+    "int8 0.08": {"column_fraction": 0.08, "sweep": "int8"},
+}
 SEEDS = (0, 1, 2)
 STEPS = 60
 BATCH, LENGTH = 4, 128
 EVALUATE_AT = (10, 20, 40, STEPS)
+PAIRS_AT = (0, 20, STEPS)
 HELD_OUT = 16  # windows
 
 
@@ -31,13 +41,13 @@ def optimizer_of(student):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * (0.1 + 0.9 * (1 - step / STEPS)))
 
 
-def run(student, text, held_out, order, seed, fraction):
+def run(student, text, held_out, order, seed, options):
     """(step, held-out quantities, median seconds of a step so far) along a run."""
     torch.manual_seed(seed)
     student = copy.deepcopy(student).requires_grad_(True)
     optimizer, schedule = optimizer_of(student)
     times, begin = [], time.perf_counter()
-    steps = demo.train(student.train(), [text.batch(rows) for rows in order], optimizer, schedule, column_fraction=fraction)
+    steps = demo.train(student.train(), [text.batch(rows) for rows in order], optimizer, schedule, **options)
     for step, _ in enumerate(steps, start=1):
         times.append(time.perf_counter() - begin)
         if step in EVALUATE_AT:
@@ -60,33 +70,46 @@ def prepare(seeds):
     return student, demo.read(teacher, train[used], BATCH), demo.read(teacher, some, BATCH), places.chunk(len(seeds))
 
 
-@functools.cache
 def trained_pair():
     """Flat hidden states (HELD_OUT · LENGTH, D) of held-out text, and head, of the student after one run with exact gradients, and of the
     teacher."""
+    return trained_pairs()[STEPS]
+
+
+@functools.cache
+def trained_pairs():
+    """The same after each number of steps of PAIRS_AT."""
     student, text, held_out, (order,) = prepare(SEEDS[:1])
     torch.manual_seed(0)
     student.requires_grad_(True).train()
     optimizer, schedule = optimizer_of(student)
-    for _ in demo.train(student, [text.batch(rows) for rows in order], optimizer, schedule):
-        pass
-    with torch.no_grad():
-        learned = [run_backbone(student.eval(), input_ids=ids) for ids in held_out.input_ids.split(BATCH)]
-    pair = torch.cat([x.hidden for x in learned]), learned[0].weight, held_out.teacher.hidden, held_out.teacher.weight
-    return [tensor.detach().flatten(0, -2) for tensor in pair]
+    pairs = {}
+
+    def look(step):
+        if step in PAIRS_AT:
+            with torch.no_grad():
+                learned = [run_backbone(student.eval(), input_ids=ids) for ids in held_out.input_ids.split(BATCH)]
+            pair = torch.cat([x.hidden for x in learned]), learned[0].weight, held_out.teacher.hidden, held_out.teacher.weight
+            pairs[step] = [tensor.detach().clone().flatten(0, -2) for tensor in pair]
+            student.train()
+
+    look(0)
+    for step, _ in enumerate(demo.train(student, [text.batch(rows) for rows in order], optimizer, schedule), start=1):
+        look(step)
+    return pairs
 
 
-def main():
+def main(names):
     student, text, held_out, orders = prepare(SEEDS)
     rows = []
     for seed, order in zip(SEEDS, orders, strict=True):
-        for fraction in FRACTIONS:
-            for step, quality, seconds in run(student, text, held_out, order, seed, fraction):
-                rows.append({"column_fraction": fraction or "exact", "seed": seed, "step": step, **quality, "seconds_per_step": seconds})
+        for name in names:
+            for step, quality, seconds in run(student, text, held_out, order, seed, VARIANTS[name]):
+                rows.append({"column_fraction": name, "seed": seed, "step": step, **quality, "seconds_per_step": seconds})
             written = record.write("distil_curves", rows, ("column_fraction", "seed", "step"))  # as it goes, for it takes long
-            print(f"seed {seed}, {fraction or 'exact'}: KL {quality['kl']:.4f}, {seconds:.2f} s a step", flush=True)
+            print(f"seed {seed}, {name}: KL {quality['kl']:.4f}, {seconds:.2f} s a step", flush=True)
     print(f"written: {written}")
-    plot(rows)
+    plot(record.read("distil_curves"))
 
 
 def plot(rows):
@@ -96,11 +119,12 @@ def plot(rows):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for fraction in FRACTIONS:
-        name = fraction or "exact"
-        curves = [[row["kl"] for row in rows if row["column_fraction"] == name and row["seed"] == seed] for seed in SEEDS]
+    for name in VARIANTS:
+        curves = [[float(row["kl"]) for row in rows if row["column_fraction"] == name and row["seed"] == str(seed)] for seed in SEEDS]
         middle = [statistics.mean(at) for at in zip(*curves, strict=True)]
-        (line,) = axes.plot(EVALUATE_AT, middle, marker="o", label="exact" if fraction is None else f"{fraction:.0%} of the columns")
+        sweep, _, fraction = name.rpartition(" ")
+        label = name if name == "exact" else f"{float(fraction):.0%} of the columns" + f", {sweep} sweep" * bool(sweep)
+        (line,) = axes.plot(EVALUATE_AT, middle, marker="o", label=label)
         low, high = ([pick(at) for at in zip(*curves, strict=True)] for pick in (min, max))
         axes.fill_between(EVALUATE_AT, low, high, alpha=0.15, color=line.get_color())
     axes.set(xlabel="step", ylabel="held-out KL to the teacher, nats", yscale="log")
@@ -109,4 +133,4 @@ def plot(rows):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(VARIANTS))

@@ -37,6 +37,12 @@ def quartiles(samples) -> dict:
     return {"median": middle, "quartile_1": low, "quartile_3": high, "rounds": len(samples)}
 
 
+def read(name: str) -> list[dict]:
+    """The rows of results/NAME.csv, text as it stands there."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write(name: str, rows: list[dict], key: tuple[str, ...]) -> Path:
     """Writes results/NAME.csv, one row a measurement, each with the machine it was made on.
 
@@ -51,8 +57,7 @@ def write(name: str, rows: list[dict], key: tuple[str, ...]) -> Path:
 
     fresh = {tuple(str(written(row[column])) for column in key) for row in rows}
     if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if tuple(row[column] for column in key) not in fresh] + [row | here for row in rows]
+        rows = [row for row in read(name) if tuple(row[column] for column in key) not in fresh] + [row | here for row in rows]
     columns = list(dict.fromkeys(column for row in [*rows, here] for column in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -27,8 +27,10 @@ class PreparedHead:
         state = (written, weight.data_ptr(), weight.dtype)
         found = self._copies.get(sweep)
         if found is None or found[0] != state:
-            self._copies[sweep] = found = (state, autograd.quantise(weight.detach(), sweep))
-        return found[1]
+            found = None
+            self._copies.pop(sweep, None)  # before there is another
+            self._copies[sweep] = state, autograd.quantise(weight.detach(), sweep)
+        return self._copies[sweep][1]
 
     def refresh(self):
         """Forgets the copies, so that they are made again when next needed."""
