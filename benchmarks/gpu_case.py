@@ -15,6 +15,7 @@ from benchmarks.cases import Case
 GATE_TOKENS = 256  # whose gradients are compared with float32 eager's
 ERRORS = {"float32": 2e-2, "bfloat16": 0.2}  # relative; float32 allows for TF32 where torch's switch is on
 FRACTIONS = (0.08,)  # of the columns, in the variants that sample them
+SWEEPS = ("int8", "fp8")  # whose sums those of the first fraction correct; heads are quantised at every call, as a student's is
 # An estimate errs as it predicts, to this factor: by no more, and by no less, as it would without its weights. The cases' flat softmaxes
 # are the worst there is for sampling columns, about 300 %.
 OF_PREDICTED = 1.5
@@ -87,6 +88,10 @@ def variants() -> dict[str, Variant]:
         options = {"column_fraction": fraction, "seed": 0}
         predicted = _predicted("triton", **options)
         found[f"ours, {fraction:.0%} of columns"] = Variant(cases.fused("triton", **options), columns=fraction, predicted=predicted)
+    for sweep in SWEEPS:
+        options = {"column_fraction": FRACTIONS[0], "seed": 0, "sweep": sweep, "sweep_tolerance": None}
+        predicted = _predicted("triton", **options)
+        found[f"ours, {sweep} sweep"] = Variant(cases.fused("triton", **options), columns=FRACTIONS[0], predicted=predicted)
     found |= {"torch backend": Variant(cases.fused("torch")), "eager": Variant(cases.eager)}
     if has_gpu():
         found["compiled"] = Variant(torch.compile(cases.eager, dynamic=False))

@@ -6,10 +6,10 @@
 Stages, each in a process of its own under a watchdog, which prints every thread's stack and kills a stage that hangs: what machine
 this is; what it reaches in cuBLAS products and in a device copy; the row kernels' bandwidth; the Triton backend's tests against the
 float64 reference; then for each case and dtype the gradient error, peak memory and time of the loss (forward + backward, and forward
-alone) by this library (exact, and with sampled columns), eager torch, torch.compile of it, the matrix products alone, and, where they are
-installed, Liger (chunked and Triton), TRL and CCE (cross entropy only, beside this library's). Variants take turns and medians are
-reported; a variant that gives wrong gradients is not timed, one that runs out of memory says so. A stage that fails, or for which no time
-is left, is reported with what it had measured until then, and the others go on.
+alone) by this library (exact, with sampled columns, and with quantised sweeps), eager torch, torch.compile of it, the matrix products
+alone, and, where they are installed, Liger (chunked and Triton), TRL and CCE (cross entropy only, beside this library's). Variants take
+turns and medians are reported; a variant that gives wrong gradients is not timed, one that runs out of memory says so. A stage that fails,
+or for which no time is left, is reported with what it had measured until then, and the others go on.
 
 tflops: of the products that a variant's result asks for, whatever it multiplies again not counted; of_cublas: of the rate of large square
 products. gbps: of a variant's inputs, read once, and its gradients, written once; of_copy: of the rate of a copy.
@@ -51,8 +51,8 @@ MINUTES = 8.0
 STAGE_SECONDS = {"environment": 60, "peaks": 40, "rows": 40, "tests": 170}
 CASE_SECONDS = 60
 TEST_PROCESSES = max(1, min(12, (os.cpu_count() or 1) // 2))
-TEST_FILES = ("tests/test_triton.py", "tests/test_triton_graphs.py", "tests/test_columns.py")
-# All of the first two (their names have the word), and of the last what runs on this backend.
+TEST_FILES = ("tests/test_triton.py", "tests/test_triton_quantised.py", "tests/test_triton_graphs.py", "tests/test_columns.py")
+# All of the first three (their names have the word), and of the last what runs on this backend.
 TESTS = "triton or every_backend"
 DRY_TESTS = "(test_divergence_alone and forward_kl) or (drawn_columns and triton)"
 

@@ -43,7 +43,7 @@ class Configuration:
 
 # By the target's architecture and the kind of quantisation. Rows begin at multiples of 64 bytes: none is ever unaligned. None spills in any
 # variant that it is for (benchmarks/results/triton_compile.csv).
-_SM_80 = (Configuration(64, 128, 64, 8, 3, False, 4, "32 products of each model a thread, the most without a spill; 24 KiB in flight"),)
+_SM_80 = (Configuration(64, 128, 64, 8, 3, False, 8, "32 products of each model a thread, the most without a spill; 24 KiB in flight"),)
 _SM_90 = (
     Configuration(64, 64, 128, 4, 4, True, 2, "one warpgroup, the fewest rows of wgmma; with 64 x 128 everything else spills"),
     Configuration(128, 64, 128, 8, 4, True, 2, "32 products of each model a thread leave room for whatever is made of them"),
