@@ -94,6 +94,8 @@ SWEPT = {"column_fraction": 0.08, **GRADIENTS}
 
 def _quantised_cases(target, check):
     kinds = {"sm_89": ("fp8",), "sm_80": ("int8",), "gfx942": ("int8",)}.get(target, ("int8", "fp8"))
+    if check:  # either kind on two targets
+        kinds = kinds[-1:] if target == "sm_100" else kinds[:1]
     for kind in kinds:
         tiles = quantised_sweep.CONFIGURATIONS[triton_ahead.CONFIGURED_AS.get(target, target), kind]
         for tile in tiles[-1:] if check else tiles:

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
 from benchmarks import record, triton_ahead, triton_compile, triton_traffic
-from distill_kernels.backends.triton import sweep
+from distill_kernels.backends.triton import quantised_sweep, sweep
+from distill_kernels.quantised import KINDS
 
 GOOD = {
     "target": "sm_90", "kernel": "sweep_kernel", "variant": "forward_kl: statistics", "dtype": "bfloat16", "configuration": "a tile",
@@ -41,6 +42,19 @@ def test_committed_table_has_every_configuration_and_no_fault():
             reads = "descriptors" if tile.descriptors else "pointers"
             text = f"{tile.rows} x {tile.entries} x {tile.depth}, {tile.warps} warps, {tile.stages} stages, {reads}"
             assert (key[0], text) in named
+
+
+def test_committed_table_has_every_quantised_configuration_by_the_matrix_instructions_of_8_bits():
+    rows = [row for row in triton_compile.committed().values() if row["kernel"] == "quantised_sweep_kernel"]
+    made = {(row["target"], row["dtype"], row["configuration"]): row for row in rows}
+    for (architecture, kind), tiles in ((key, tiles) for key, tiles in quantised_sweep.CONFIGURATIONS.items() if key != "interpreter"):
+        target = "sm_89" if (architecture, kind) == ("sm_80", "fp8") else architecture
+        for tile in tiles:
+            reads = "descriptors" if tile.descriptors else "pointers"
+            text = f"{tile.rows} x {tile.entries} x {tile.depth}, {tile.warps} warps, {tile.stages} stages, {reads}"
+            row = made[target, str(KINDS[kind][0]).removeprefix("torch."), text]
+            wanted = {"sm_90": "wgmma", "sm_100": "tcgen05" if kind == "fp8" else "mma.sync", "gfx942": "mfma"}
+            assert row["matrix"] == wanted.get(target, "mma.sync") and bool(int(row["tma_loads"])) == tile.descriptors
 
 
 @pytest.mark.parametrize(
