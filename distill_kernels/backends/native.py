@@ -91,7 +91,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantised.quantise` to int8, in one pass over the rows."""
     weight = _by_rows(weight)
     rows, dim = weight.shape
-    out = torch.empty(rows, quantised.padded_dim(dim), dtype=torch.int8)
+    out = memory.empty(rows, quantised.padded_dim(dim), like=weight, dtype=torch.int8)
     scales = torch.empty(rows, 3, dtype=torch.float32)
     _native.quantise_rows(*_matrix(weight), rows, dim, out.data_ptr(), scales.data_ptr(), torch.get_num_threads(), INSTRUCTION_SET)
     return out, scales
