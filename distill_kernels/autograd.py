@@ -98,9 +98,15 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
     check_labels("labels", labels, problem.vocabulary)
-    outputs = backends.choose(problem, backend).run(problem, tensors)
+    with _as_it_is(problem.device):
+        outputs = backends.choose(problem, backend).run(problem, tensors)
     total = (coefficients * outputs.terms).sum(-1)
     return total if keeps_dz else total.sum(), *outputs
+
+
+def _as_it_is(device: torch.device):
+    """Without autocast, which ops run under as their caller does: what was to be cast has been, and sums in float32 must not be."""
+    return torch.autocast(device.type, enabled=False)
 
 
 ARGUMENTS = tuple(inspect.signature(_compute).parameters)
@@ -134,7 +140,8 @@ terms = torch.library.custom_op("distill_kernels::terms", _compute, mutates_args
 @torch.library.custom_op("distill_kernels::quantise", mutates_args=())
 def quantise(weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
     """Rows and scales of a head as a quantised sweep reads them: `quantised.quantise`, or what a backend has for it."""
-    return backends.quantise(weight, sweep)
+    with _as_it_is(weight.device):
+        return backends.quantise(weight, sweep)
 
 
 @quantise.register_fake
@@ -173,7 +180,8 @@ def multiply_kept(
     saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, compacted)
     scalars = d_hidden, d_weight, column_fraction, temperature, student_logit_scale, teacher_logit_scale
     problem = _kept_problem(student_hidden, student_weight, coefficients, *scalars)
-    outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
+    with _as_it_is(problem.device):
+        outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
     return outputs.d_hidden, outputs.d_weight
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels import memory, quantised
+from distill_kernels import memory
 from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
 from distill_kernels.sampling import relative_error
@@ -49,7 +49,6 @@ class Chunk(NamedTuple):
     index: int
     variance: torch.Tensor | None  # (2,) added to: predicted squared error of d_hidden and d_weight; None: not wanted
     errors: torch.Tensor | None  # (n, 2) written; None: no quantised sweep
-    noisy: torch.Tensor | None  # (n,) bool: tokens whose errors are beyond any tolerance, likewise
     recomputed: torch.Tensor | None  # (1,) added to, likewise
     kept_dz: torch.Tensor | None  # (padded n · K,) written; None: not kept beyond the chunk
     kept_columns: torch.Tensor | None  # (K,) likewise
@@ -103,8 +102,7 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
         outputs.d_weight.zero_()  # most rows are of no chunk
     if problem.swept:
         outputs.d_bias.zero_()
-    noisy = quantised.noisy(problem, tensors) if problem.swept else None
-    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance, noisy) == 0:
+    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance) == 0:
         outputs.d_weight.zero_()
         outputs.d_bias.zero_()
     if variance is not None:
@@ -142,7 +140,7 @@ def multiply_kept(problem: Problem, saved: Saved, token_alignment: int, kernel: 
     return outputs
 
 
-def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance, noisy=None) -> int:
+def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance) -> int:
     """Runs `kernel` over the chunks; returns the tokens that went through."""
     active = None
     count = len(tensors.student_hidden)
@@ -180,7 +178,6 @@ def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compac
             index=index,
             variance=variance,
             errors=written(outputs.errors),
-            noisy=read(noisy),
             recomputed=outputs.recomputed if outputs.recomputed.numel() else None,
             kept_dz=None if kept is None else outputs.kept_dz[begin * len(kept) :],
             kept_columns=kept,

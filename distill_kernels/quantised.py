@@ -65,6 +65,13 @@ def why_not(divergence: Divergence | None, smoothed: bool, dtype: torch.dtype = 
     return None
 
 
+def check(sweep: str | None, *sums):
+    """Raises NotImplementedError where `why_not` has a reason."""
+    reason = why_not(*sums) if sweep else None
+    if reason:
+        raise NotImplementedError(f"sweep={sweep!r}: {reason}; pass None for the exact one")
+
+
 def signs(dim: int, device=None) -> torch.Tensor:
     """(dim,) ±1 float32, pseudo-random, the same everywhere: bits of a mixed multiplicative hash."""
     mask = 0xFFFFFFFF
@@ -87,7 +94,8 @@ def padded_dim(dim: int) -> int:
     return -(-dim // BLOCK) * BLOCK
 
 
-ROWS_BYTES = 16 * 2**20  # of float32 rows that are turned at a time
+ROWS_BYTES = 2 * 2**20  # of float32 rows that are turned at a time, a few times over
+MEAN_ROWS = 1024  # of hidden states that are summed at a time
 
 
 def quantise(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +113,8 @@ def quantise(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
         turned = (wide.view(-1, BLOCK) @ turn).view(wide.shape)
         largest = turned.abs().amax(1, keepdim=True)
         scaled = turned * torch.where(largest > 0, most / largest, 0.0)
-        quantised[part] = scaled.round() if kind == "int8" else scaled.clamp(-most, most)
+        scaled = (scaled.round() if kind == "int8" else scaled).clamp(-most, most)
+        quantised[part] = scaled
         scales[part, 0] = largest.squeeze(1) / most
         scales[part, 1] = 128.0 * quantised[part].sum(1, dtype=torch.float32) if kind == "int8" else 0.0
         scales[part, 2] = torch.linalg.vector_norm(wide, dim=1)
@@ -119,46 +128,54 @@ def pilot(problem: Problem, tensors: Tensors) -> torch.Tensor:
     if problem.teacher_dim:
         hidden, weight, bias, scale = tensors.teacher_hidden, tensors.teacher_weight, tensors.teacher_bias, problem.teacher_logit_scale
     counts = (tensors.coefficients != 0).any(-1, keepdim=True)
-    mean = torch.where(counts, hidden, 0).sum(0, dtype=torch.float32) / counts.sum().clamp(min=1)
+    total = torch.zeros(hidden.shape[1], dtype=torch.float32, device=hidden.device)
+    for rows, count in zip(hidden.split(MEAN_ROWS), counts.split(MEAN_ROWS), strict=True):
+        total += torch.where(count, rows, 0).sum(0, dtype=torch.float32)  # what does not count may be NaN
+    mean = total / counts.sum().clamp(min=1)
     logits = torch.mv(weight, mean.to(weight.dtype)).float()
     if bias is not None:
         logits = logits + bias
     return (logits * scale).topk(-(-problem.vocabulary // PILOT_FRACTION), sorted=False).indices.sort().values
 
 
-def noise(problem: Problem, tensors: Tensors, hidden_scales: torch.Tensor, prefix: str) -> torch.Tensor:
-    """(n,) standard deviation of a tempered logit's rounding error, at the head's longest row and coarsest scale.
+class Trust:
+    """Whether the estimate of a chunk is good enough, for the chunks of one call."""
 
-    hidden_scales (n, 3): of the tokens' quantised hidden states. Errors of single products are independent and uniform.
+    def __init__(self, problem: Problem, tensors: Tensors):
+        self.problem = problem
+        both = tensors.student_scales, tensors.teacher_scales
+        self.limits = [None if scales is None else scales.amax(0) for scales in both]  # (3,) a head's coarsest scale and longest row
+
+    def exceeds(self, chunk, student_scales: torch.Tensor, teacher_scales: torch.Tensor | None) -> bool:
+        """Whether its standard errors, root mean square over the tokens, are above the tolerance: it is then computed exactly.
+
+        *_scales (n, 3): of the tokens' quantised hidden states. Reads the errors, for which a GPU is waited for, unless any error will
+        do or a graph is being captured.
+        """
+        errors, noisy = chunk.errors, self._noisy(student_scales, "student") | self._noisy(teacher_scales, "teacher")
+        errors.masked_fill_(noisy[:, None], math.inf)
+        if errors.is_cuda and (math.isinf(self.problem.sweep_tolerance) or torch.cuda.is_current_stream_capturing()):
+            return False
+        of_terms = torch.stack((chunk.coefficients[:, 0] != 0, (chunk.coefficients[:, 1:] != 0).any(-1)), -1)
+        counted = torch.where(of_terms, errors, 0)  # what counts for nothing may err
+        return not bool(counted.square().mean(0).max() <= self.problem.sweep_tolerance**2)  # a NaN exceeds, too
+
+    def _noisy(self, scales, model) -> torch.Tensor | bool:
+        """(n,) tokens whose rounding errors leave no estimate of a standard error to be trusted."""
+        limits = self.limits[model == "teacher"]
+        return False if limits is None else ~(noise(self.problem, scales, limits, model) <= MOST_NOISE)
+
+
+def noise(problem: Problem, scales: torch.Tensor, limits: torch.Tensor, model: str) -> torch.Tensor:
+    """(n,) standard deviation of a tempered logit's rounding error, for tokens of `scales` (n, 3) and a head of `limits` (3,) at most.
+
+    Errors of single products are independent, uniform, and in float8 relative to the number.
     """
     step = STEP_ERROR[problem.sweep]
-    head = getattr(tensors, f"{prefix}_scales").amax(0)
-    if problem.sweep == "fp8":  # relative to each number
-        error = math.sqrt(2) * step * hidden_scales[:, 2] * head[2] / math.sqrt(getattr(problem, f"{prefix}_dim"))
+    if problem.sweep == "fp8":
+        error = math.sqrt(2) * step * scales[:, 2] * limits[2] / math.sqrt(getattr(problem, f"{model}_dim"))
     else:
-        error = step * torch.hypot(hidden_scales[:, 0] * head[2], hidden_scales[:, 2] * head[0])
+        error = step * torch.hypot(scales[:, 0] * limits[2], scales[:, 2] * limits[0])
     # Cross entropy and z-loss are of the untempered logits.
-    sharpest = 1.0 if prefix == "student" and (problem.cross_entropy or problem.z_loss) else problem.temperature
-    return abs(getattr(problem, f"{prefix}_logit_scale")) * error / min(problem.temperature, sharpest)
-
-
-def noisy(problem: Problem, tensors: Tensors) -> torch.Tensor:
-    """(N,) bool: tokens whose rounding errors leave no estimate of a standard error to be trusted."""
-    beyond = torch.zeros(problem.tokens, dtype=torch.bool, device=problem.device)
-    for prefix, dim in (("student", problem.student_dim), ("teacher", problem.teacher_dim)):
-        if dim:
-            scales = quantise(getattr(tensors, f"{prefix}_hidden"), problem.sweep)[1]
-            beyond |= ~(noise(problem, tensors, scales, prefix) <= MOST_NOISE)
-    return beyond
-
-
-def exceeds(problem: Problem, chunk) -> bool:
-    """Whether a chunk's standard errors, root mean square over its tokens, are above the tolerance: it is then computed exactly.
-
-    Reads them, for which a GPU is waited for, unless any error will do or a graph is being captured.
-    """
-    of_terms = torch.stack((chunk.coefficients[:, 0] != 0, (chunk.coefficients[:, 1:] != 0).any(-1)), -1)
-    errors = torch.where(of_terms, chunk.errors.masked_fill_(chunk.noisy[:, None], math.inf), 0)  # what counts for nothing may err
-    if errors.is_cuda and (math.isinf(problem.sweep_tolerance) or torch.cuda.is_current_stream_capturing()):
-        return False
-    return not bool(errors.square().mean(0).max() <= problem.sweep_tolerance**2)  # a NaN exceeds, too
+    untempered = model == "student" and (problem.cross_entropy or problem.z_loss)
+    return abs(getattr(problem, f"{model}_logit_scale")) * error / (min(problem.temperature, 1.0) if untempered else problem.temperature)

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from distill_kernels import backends
+from distill_kernels import backends, quantised
 from distill_kernels import problem as contract
 from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import resolve
@@ -56,6 +56,7 @@ def plan(
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
     contract.check_sweep(sweep, column_fraction)
+    quantised.check(sweep, resolve(divergence) if teacher_dim else None, False, contract.compute_dtype(dtype))
     tolerance = 0.0
     if column_fraction == "auto":
         column_fraction, tolerance = FRACTIONS[-1], 1.0  # that there is one decides what is kept, not which

@@ -11,8 +11,9 @@ class PreparedHead:
     """An LM head and its 8-bit copy, which a loss with `sweep` reads in place of quantising the head anew; made by `prepare_head`.
 
     The copy follows the head: it is made when first needed, and made again once the head was written to in place (an optimizer's step) or
-    its storage replaced. Writes that torch does not count (through `.data` or a NumPy view) want `refresh()`; without it sums are still
-    corrected by exact columns, so that an outdated copy costs accuracy, which the standard errors show, and no bias.
+    its storage replaced. Writes that torch does not count (through `.data`, a NumPy view or a raw pointer) want `refresh()` each time. A
+    slightly outdated copy costs accuracy, for sums are still corrected by exact columns; one of another head makes errors beyond any
+    tolerance, and every chunk is computed exactly.
     """
 
     def __init__(self, weight: Tensor):
@@ -50,7 +51,8 @@ def prepare_head(weight: Tensor) -> PreparedHead:
     """A head to be passed as teacher_weight or student_weight, so that a loss with `sweep` does not quantise it at every call.
 
     Worth it for a teacher's, which does not change; of a student's head it saves the copies of gradient accumulation only. Takes a quarter
-    of a float32 head's memory once it is used. Without `sweep` it is the head and nothing else.
+    of a float32 head's memory once it is used. Without `sweep` it is the head and nothing else, and so it is under torch.compile, where
+    the head is quantised at every call: a graph could not see that it has changed.
 
     Arguments
         weight (V, D): float32, bfloat16 or float16; a Parameter or a tensor. It is referred to, not copied.
@@ -65,6 +67,8 @@ def prepare_head(weight: Tensor) -> PreparedHead:
         >>> loss.backward()
     """
     contract.check_matrix("weight", weight, 2)
+    if weight.dtype is torch.float64:
+        raise TypeError("weight must be float32, bfloat16 or float16 to be quantised, got torch.float64")
     return PreparedHead(weight)
 
 

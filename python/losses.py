@@ -79,20 +79,23 @@ def distillation_loss(
         vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
         column_fraction: of the vocabulary that the gradient products go over: 1S + 1T and 2 · column_fraction · S in place of 3S + 1T.
             The loss stays exact, the gradients of student_hidden and student_weight become unbiased estimates (see `columns` for the
-            estimator, and its sources; `DistillationStats.gradient_error` for its error), that of student_bias stays exact. None: exact
+            estimator, and its sources; `DistillationStats.gradient_error` for its error), that of student_bias stays exact, but with a
+            sweep. None: exact
             gradients; so where sampling would not be faster (fewer than 96 tokens, V < 8192, more than 40 % of the columns). "auto": the
             smallest of 2, 4, 8, 16 and 32 % whose predicted relative error is within gradient_tolerance, else all; chosen on the first
             chunk of tokens, for which a GPU is waited for.
         gradient_tolerance: relative error of the gradients, with column_fraction="auto" only, and required there.
         seed: of the columns drawn: int, or None to draw it from torch's generator (torch.manual_seed). One and the same int at every step
             draws by the same numbers, so that errors do not average out over steps: leave it None in training.
-        sweep: "int8", or "fp8" on a GPU: logits of the whole vocabulary are made from 8-bit products, in a fraction of the time and with
-            none of them kept, and the columns of column_fraction, which is then required, are computed exactly and correct the sums
-            without bias (see `quantised` for the estimator and its sources). The loss is then an estimate, too, off by about 0.001 nats a
-            token at 8 %. Forward and reverse KL, cross entropy and z-loss; not label_smoothing. Pass the teacher's head through
-            `prepare_head`, so that it is quantised once. None, or where sampling would not be faster: exact.
+        sweep: "int8", or "fp8" (for GPUs; on CPU slowly, by torch): logits of the whole vocabulary are made from 8-bit products, in a
+            fraction of the time and with none of them kept, and the columns of column_fraction, which is then required, are computed
+            exactly and correct the sums without bias (see `quantised` for the estimator and its sources). The loss is then an estimate,
+            too (`DistillationStats.divergence_error`), and so is the gradient of student_bias. Forward and reverse KL, cross entropy and
+            z-loss; not label_smoothing. Pass the teacher's head through `prepare_head`, so that it is quantised once. None, or where
+            sampling would not be faster: exact.
         sweep_tolerance: standard error of a token's divergence and log-sum-exp, in nats, root mean square over a chunk of tokens, above
-            which the chunk is computed exactly; a GPU is waited for to see it, but while a graph is being captured. None: never.
+            which the chunk's sums are computed exactly; its gradients still go over the columns. A GPU is waited for to see it, unless a
+            graph is being captured. None: never, unless on CPU the errors are not even finite numbers.
         process_group: not available yet, NotImplementedError.
         backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
         workspace_mib: memory for logits and all else but gradients, by default 192 on CPU and 1024 on a GPU. Larger is faster where
@@ -127,7 +130,8 @@ class DistillationStats:
     # where no columns were to be sampled, or sampling did not pay, or reduction="none", whose gradients are of the upstream to come.
     gradient_error: Tensor | None = None
     # Of a quantised sweep, else None: standard errors in nats, (...), 0 where a token's chunk was computed exactly after all, as
-    # `recomputed` () chunks were.
+    # `recomputed` () chunks were; infinite where rounding leaves none to be trusted. Entropies are then corrected sums like the losses, but
+    # tail mass is estimated from the kept columns alone, and top-1 agreement is of them: a little too high if they are few.
     divergence_error: Tensor | None = None
     logsumexp_error: Tensor | None = None  # of the untempered student, and so of the cross entropy
     recomputed: Tensor | None = None
@@ -246,13 +250,7 @@ def _check_options(options):
     contract.backend_name(options["backend"])
     names = inspect.signature(contract.check_options).parameters
     contract.check_options(**{name: options[name] for name in names})
-    _check_sweep(options["sweep"], divergence if options["kd_weight"] else None, options["label_smoothing"] * options["ce_weight"] != 0)
-
-
-def _check_sweep(sweep, *sums):
-    reason = sweeps.why_not(*sums) if sweep else None
-    if reason:
-        raise NotImplementedError(f"sweep={sweep!r}: {reason}; pass None for the exact one")
+    sweeps.check(options["sweep"], divergence if options["kd_weight"] else None, options["label_smoothing"] * options["ce_weight"] != 0)
 
 
 def _distillation_loss(
@@ -310,7 +308,7 @@ def _distillation_loss(
         workspace_mib=contract.workspace(options["workspace_mib"], student_hidden.device),
     )  # fmt: skip
     deferred = options["reduction"] == "none"
-    _check_sweep(problem.sweep, problem.divergence, problem.cross_entropy and problem.label_smoothing != 0, problem.compute_dtype)
+    sweeps.check(problem.sweep, problem.divergence, problem.label_smoothing * ce != 0, problem.compute_dtype)
     if problem.kept_columns:
         tensors = tensors._replace(seed=_seed(options["seed"], student_hidden.device))
     if problem.swept:

@@ -400,6 +400,8 @@ def test_token_logprobs_refuses_by_its_own_names(mutate, exception, pattern, no_
 
 
 BAD_PLANS = [
+    ("sweep_divergence", put(divergence="total_variation", **SWEEP), NotImplementedError, r"^sweep='int8': total_variation is summed"),
+    ("sweep_without_columns", put(sweep="int8"), ValueError, r"^sweep='int8' is corrected by"),
     *[
         (f"{name}_{value}", put(**{name: value}), ValueError, rf"^{name} must be an int of at least {least}, got {re.escape(repr(value))}$")
         for name, least in (("tokens", 0), ("vocabulary", 1), ("student_dim", 1), ("teacher_dim", 0))

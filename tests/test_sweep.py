@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import (
     PreparedHead,
+    autograd,
     backends,
     columns,
     distillation_loss,
@@ -22,7 +23,7 @@ from distill_kernels import (
 )  # fmt: skip
 from distill_kernels.backends import native
 from distill_kernels.divergences import resolve
-from distill_kernels.problem import Problem, Tensors
+from distill_kernels.problem import Problem
 
 TOKENS, VOCABULARY, FRACTION = 21, 700, 0.3
 GRADIENTS = ("d_student_hidden", "d_student_weight")
@@ -73,7 +74,7 @@ def estimated(
     def logits(prefix, scale, softcap):
         hidden, weight, bias = (getattr(inputs, f"{prefix}_{name}") for name in ("hidden", "weight", "bias"))
         both = [hidden.double() @ weight.double().T]
-        (a, a_scales), (b, b_scales) = (turned(matrix.detach(), sweep) for matrix in (hidden, weight))
+        (a, a_scales), (b, b_scales) = turned(hidden, sweep), backends.quantise(weight, sweep)
         both.append((a.double() * a_scales[:, :1].double()) @ (b.double() * b_scales[:, :1].double()).T)
         both = [scale * (z if bias is None else z + bias.double()) for z in both]
         return [z if softcap is None else softcap * torch.tanh(z / softcap) for z in both]
@@ -127,19 +128,19 @@ def estimated(
     return Estimate(loss.squeeze(1) * factor, dz[:, drawn] * student_logit_scale * factor[:, None], errors * (factor != 0)[:, None])
 
 
-def assert_estimated(got, inputs, draws, bound=1e-5, **options):
+def assert_estimated(got, inputs, draws, bound=3e-5, **options):  # the loss is a difference of sums some hundred times larger
     ((drawn, weights, *_),) = draws
     want = estimated(inputs, drawn, weights, **options)
     assert relative(got["loss"], want.loss.sum()) <= bound
     dz = want.dz * weights.double()
     d_weight = torch.zeros_like(inputs.student_weight, dtype=torch.float64)
     d_weight[drawn] = dz.T @ inputs.student_hidden.double()
-    assert relative(got["d_student_hidden"], dz @ inputs.student_weight.double()[drawn]) <= 4 * bound
-    assert relative(got["d_student_weight"], d_weight) <= 4 * bound
+    assert relative(got["d_student_hidden"], dz @ inputs.student_weight.double()[drawn]) <= 2 * bound
+    assert relative(got["d_student_weight"], d_weight) <= 2 * bound
     if inputs.student_bias is not None:
         d_bias = torch.zeros_like(inputs.student_bias, dtype=torch.float64)
         d_bias[drawn] = dz.sum(0)
-        assert relative(got["d_student_bias"], d_bias) <= 4 * bound
+        assert relative(got["d_student_bias"], d_bias) <= 2 * bound
     return want
 
 
@@ -425,11 +426,10 @@ def test_noise_is_that_of_the_logits(kind):
     dtypes = {"student_dtype": torch.float32, "teacher_dtype": torch.float32, "device": torch.device("cpu")}
     problem = Problem(**sizes, **dtypes, divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False, sweep=kind)
     rows, scales = quantised.quantise(inputs.student_weight, kind)
-    tensors = Tensors(*inputs[:2], None, None, None, None, None, torch.ones(64, 3), student_quantised=rows, student_scales=scales)
     hidden, hidden_scales = quantised.quantise(inputs.student_hidden, kind)
     got = (hidden.float() * hidden_scales[:, :1]) @ (rows.float() * scales[:, :1]).T
     observed = (got - inputs.student_hidden @ inputs.student_weight.T).square().mean(1).sqrt()
-    ratio = observed / quantised.noise(problem, tensors, hidden_scales, "student")
+    ratio = observed / quantised.noise(problem, hidden_scales, scales.amax(0), "student")
     assert 0.5 < ratio.median() < 1.05
 
 
@@ -514,6 +514,7 @@ def test_prepared_heads_of_different_vocabularies_are_truncated(sampling_pays):
 @pytest.mark.parametrize("weight, exception, message", [
     ([1.0], TypeError, r"^weight must be a torch.Tensor, got list$"),
     (torch.zeros(3), ValueError, r"^weight must have 2 dimensions, got shape \(3,\)$"),
+    (torch.zeros(3, 3, dtype=torch.float64), TypeError, r"^weight must be float32, bfloat16 or float16 to be quantised, got"),
     (torch.zeros(3, 3, dtype=torch.int64), TypeError, r"^weight must be float32, bfloat16, float16 or float64, got torch.int64$"),
 ])  # fmt: skip
 def test_what_is_no_head_is_refused(weight, exception, message):
@@ -543,11 +544,25 @@ def test_checkpointed_and_compiled(sampling_pays, backend):
         assert torch.equal(value, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-def test_ops_pass_torch_checks(sampling_pays):
-    from distill_kernels import autograd
-
+def test_ops_pass_torch_checks():
     torch.library.opcheck(autograd.quantise, (torch.randn(40, 24), "int8"))
     torch.library.opcheck(autograd.quantise, (torch.randn(40, 24), "fp8"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_autocast_casts_nothing_within(sampling_pays, dtype, kind):
+    """The sweep of tensors that autocast has cast is that of tensors cast before: products and sums in float32, heads quantised alike."""
+    inputs = make_inputs("realistic", TOKENS, VOCABULARY)
+    cast = inputs.to(dtype)
+    for backend in ("torch", "native") if native._native and kind == "int8" else ("torch",):
+        options = {**NEVER, "sweep": kind, "backend": backend}
+        want = distillation_loss(*cast[:4], **options)
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(distillation_loss(*inputs[:4], **options), want)
+            got = autograd.quantise(inputs.student_weight, kind)
+        for copy, exact in zip(got, autograd.quantise(inputs.student_weight, kind), strict=True):
+            assert torch.equal(copy.float(), exact.float())
 
 
 @on_all

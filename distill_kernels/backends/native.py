@@ -123,7 +123,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 
 
 def _run_swept(problem, tensors, plan):
-    pilot = quantised.pilot(problem, tensors)  # before there is anything else: it makes logits of one token on its way
+    # Before there is anything else: the pilot makes logits of one token on its way.
+    pilot, trust = quantised.pilot(problem, tensors), quantised.Trust(problem, tensors)
     call = Call(problem, plan.chunk_tokens, keeps_logits=False)
     shape = problem.kept_columns * (problem.teacher_dim > 0), plan.chunk_tokens
     logits = None, memory.empty(*shape, like=call.scratch, dtype=torch.float32)
@@ -133,7 +134,7 @@ def _run_swept(problem, tensors, plan):
     scores = torch.empty(problem.vocabulary, dtype=torch.float32)
 
     def kernel(chunk: chunked.Chunk):
-        kernels = SweptKernels(call, *call.arguments(chunk, *_models(chunk, heads, logits), scores), chunk)
+        kernels = SweptKernels(call, *call.arguments(chunk, *_models(chunk, heads, logits), scores), chunk, trust)
         kernels.sweep(copies, pilot)
         sampler.gradients(chunk, scores, kernels)
 
@@ -237,9 +238,9 @@ class Kernels:
 class SweptKernels(Kernels):
     """Those of a chunk whose logits are quantised: `gather` first corrects the sums by the exact logits of the columns."""
 
-    def __init__(self, call: Call, arguments: dict, tensors, chunk):
+    def __init__(self, call: Call, arguments: dict, tensors, chunk, trust: quantised.Trust):
         super().__init__(call, arguments, tensors)
-        self.chunk = chunk
+        self.chunk, self.trust = chunk, trust
 
     def sweep(self, copies, pilot):
         for name, (rows, scales) in zip(("student", "teacher"), copies, strict=True):
@@ -252,7 +253,8 @@ class SweptKernels(Kernels):
         chunk, problem = self.chunk, self.call.problem
         self.arguments |= {"student": self.arguments["student"] | {"logits": out.data_ptr()}}  # which become dz where they are
         self.run(_native.Stage.correct, kept=(len(columns), columns.data_ptr(), weights.data_ptr(), 0, 0))
-        if quantised.exceeds(problem, chunk):
+        hidden = chunk.student_hidden, chunk.teacher_hidden
+        if self.trust.exceeds(chunk, *(None if rows is None else quantise(rows)[1] for rows in hidden)):
             self.run(_native.Stage.exact)
             chunk.errors.zero_()
             chunk.recomputed.add_(1)

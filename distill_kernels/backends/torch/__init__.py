@@ -56,10 +56,10 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 
 def _run_swept(problem, tensors, plan):
     products, sampler = Products(problem, tensors.student_hidden.device), Sampler(problem, tensors, plan)
-    pilot = quantised.pilot(problem, tensors)
+    pilot, trust = quantised.pilot(problem, tensors), quantised.Trust(problem, tensors)
 
     def kernel(chunk: chunked.Chunk):
-        kernels = SweptChunk(problem, tensors, products, chunk)
+        kernels = SweptChunk(problem, tensors, products, chunk, trust)
         sampler.gradients(chunk, kernels.sweep(pilot), kernels)
 
     return chunked.run(problem, tensors, plan, kernel)
