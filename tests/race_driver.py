@@ -37,7 +37,8 @@ def aligned(*shape):
 
 
 def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, threads):
-    """Everything that run_chunk writes for one random chunk; with gradients of all columns, and with those of a few."""
+    """Everything that run_chunk writes for one random chunk: with gradients of all columns, with those of a few, and with logits from a
+    quantised sweep that those correct."""
     tokens, vocabulary, *dims = shape
     stride = -(-tokens // extension.token_alignment) * extension.token_alignment
     generator = np.random.default_rng(0)
@@ -87,7 +88,7 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
         "parameters": (),
         "temperature": 2.0,
         "label_smoothing": 0.1,
-        "log_probability_floor": -50.0,
+        "log_probability_floor": -1.0e4,
         "tail_log_probability": -9.2,
         "untempered": True,
     }
@@ -114,13 +115,35 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
     alone = {"student": arguments["student"] | {"logits": 0}, "teacher": arguments["teacher"] | {"weight": (0, 0, 0), "logits": 0}}
     late = {name: address(written[f"late_{name}"]) for name in ("d_hidden", "d_weight")}
     run(arguments | alone | late | {"d_bias": 0}, extension.Stage.multiply)
+    if divergence != "forward_kl":
+        return written
+
+    def quantised(name, logits):
+        data, element, dim = arguments[name]["weight"]
+        turned = -(-dim // 64) * 64
+        rows, scales = np.full((vocabulary, turned), -128, np.int8), aligned(vocabulary, 3)
+        written.update({f"{name}_rows": rows, f"{name}_scales": scales})
+        extension.quantise_rows(data, element, dim, vocabulary, dim, address(rows), address(scales), threads, isa)
+        return arguments[name] | {"logits": address(logits), "quantised": (rows.ctypes.data, turned, scales.ctypes.data)}
+
+    pilot, dz = np.arange(0, vocabulary, 5), aligned(kept, stride)
+    for exact in (False, True):  # its own sums, or those of the fallback
+        made = {name: array.copy() for name, array in sampled.items() if name != "d_bias"} | {"errors": aligned(tokens, 2)}
+        made["d_weight"][:] = 0.0
+        written |= {f"{'exact' if exact else 'swept'}_{name}": array for name, array in made.items()}
+        models = {"student": quantised("student", dz), "teacher": quantised("teacher", aligned(kept, stride))}
+        fixed = {"label_smoothing": 0.0, "d_bias": 0, "pilot": (len(pilot), address(pilot)), "kept": (kept, *lists[:2], dz.ctypes.data, 0)}
+        stages = ("sweep", "correct", *(["exact"] if exact else []), "gather", "multiply")
+        addresses = {name: address(array) for name, array in made.items()}
+        run(arguments | models | fixed | addresses, *(getattr(extension.Stage, name) for name in stages))
     return written
 
 
 def check(extension, *case):
     one, four = (chunk(extension, *case, threads) for threads in (1, 4))
     for name in one:
-        assert np.isfinite(one[name]).all(), f"{name} of {case} is not finite"
+        # A sum that such weights as these correct may have no logarithm; then there is no standard error, nor anything after it.
+        assert np.isfinite(one[name]).all() or name.startswith("swept"), f"{name} of {case} is not finite"
         assert one[name].tobytes() == four[name].tobytes(), f"{name} of {case} is not the same on 1 and on 4 threads"
 
 
