@@ -105,7 +105,7 @@ void quantise_rows(uintptr_t address, int element, int64_t stride, int64_t rows,
   {
     py::gil_scoped_release unlocked;
     const dk::Matrix matrix{reinterpret_cast<const void*>(address), static_cast<dk::Element>(element), stride};
-    std::vector<float> scratch(threads * ((dim + dk::kTurn - 1) / dk::kTurn * dk::kTurn));
+    std::vector<float> scratch(threads * 2 * ((dim + dk::kTurn - 1) / dk::kTurn * dk::kTurn));
     ran = dk::quantise_rows(matrix, rows, dim, reinterpret_cast<int8_t*>(out), reinterpret_cast<float*>(scales), threads, scratch.data(),
                             name_or_null(instruction_set));
   }

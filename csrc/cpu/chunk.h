@@ -11,7 +11,7 @@ bool run_chunk(const ChunkParams& params, Stage stage, int threads, float* scrat
 // Floats of scratch that run_chunk needs, aligned to 64 bytes. Looks at sizes and at which pointers are null, not at data.
 int64_t chunk_scratch_floats(const ChunkParams& params, int threads, const char* instruction_set);
 
-// A head in 8 bits: see Quantised. `scratch`: threads · its padded dim.
+// A head in 8 bits: see Quantised. `scratch`: threads · 2 · its padded dim.
 bool quantise_rows(const Matrix& from, int64_t rows, int64_t dim, int8_t* out, float* scales, int threads, float* scratch,
                    const char* instruction_set);
 
