@@ -14,10 +14,11 @@ from distill_kernels import quantised
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
 from distill_kernels.products import Products, apply_head
+from distill_kernels.quantised import Trust
 from distill_kernels.sampling import Library
 
 PANEL = 2048  # vocabulary entries that torch's operations work on at a time
-PANEL_BUFFERS = 24  # (n, PANEL) float32 at the worst line: logits, log-probabilities, masses and differences of two models
+PANEL_BUFFERS = 25  # (n, PANEL) float32 at the worst line: logits, log-probabilities, masses and differences of two models
 
 
 def correction_bytes(problem: Problem) -> tuple[int, int]:
@@ -69,6 +70,7 @@ class Sums(NamedTuple):
     untempered: torch.Tensor  # exp(x − r_1)
     student_entropy: torch.Tensor  # student mass times its logarithm
     teacher_entropy: torch.Tensor
+    below: torch.Tensor  # entries that one model has below the floor while the other gives them mass; no correction of it counts
 
     def summed(self, weights=1.0):
         return Sums(*((part * weights).sum(-1, keepdim=True, dtype=torch.float64) for part in self))
@@ -109,9 +111,9 @@ class Correction(Library):
     and may have its own `differences` and `gradient`.
     """
 
-    def __init__(self, problem: Problem, tensors: Tensors, products: Products, chunk, dtype=torch.float32, scale=None):
+    def __init__(self, problem: Problem, tensors: Tensors, products: Products, chunk, trust: Trust, dtype=torch.float32, scale=None):
         super().__init__(products, tensors.student_weight, dtype, scale=scale)
-        self.problem, self.chunk, self.vocabulary = problem, chunk, problem.vocabulary
+        self.problem, self.chunk, self.trust, self.vocabulary = problem, chunk, trust, problem.vocabulary
 
         def model(prefix, hidden):
             rows, row_scales = quantised.quantise(hidden, problem.sweep)
@@ -136,6 +138,8 @@ class Correction(Library):
         x, y = (torch.cat(kept, 1) for kept in zip(*parts, strict=True))
         y = x if self.teacher is None else y
         del parts
+        # A clamped entry's slope is 0, and the clamp is relative to the log-sum-exps: no sum relative to other references knows either.
+        beyond_correction = self.sums.below > 0
         added, moments, untempered_moment = self.differences(x, y, columns, weights)
         self.sums = self.sums + added
         logs = References(self.sums.student.log(), self.sums.teacher.log(), self.sums.untempered.log())
@@ -145,9 +149,10 @@ class Correction(Library):
         self.chunk.errors[:, 1] = (untempered_moment.sqrt() / self.sums.untempered.view(tokens)).to(self.chunk.errors.dtype)
         if not self._untempered:
             self.chunk.errors[:, 1] = 0
+        self.chunk.errors.add_(torch.where(beyond_correction, torch.inf, 0.0))  # a NaN stays one
         sums = self.sums
         entropies = logs.student - sums.student_entropy / sums.student, logs.teacher - sums.teacher_entropy / sums.teacher
-        if quantised.exceeds(self.problem, self.chunk):
+        if self.trust.exceeds(self.chunk, *(None if model is None else model.row_scales for model in (self.student, self.teacher))):
             self.chunk.errors.zero_()
             self.chunk.recomputed.add_(1)
             lse, value, slope, entropies, tail, agreement = self._exactly()
@@ -208,10 +213,13 @@ class Correction(Library):
         log_q, log_p = x * inverse - self.references.student, y * inverse - self.references.teacher
         q, p, q1 = log_q.exp(), log_p.exp(), (x - self.references.untempered).exp()
         value = slope = torch.zeros_like(q)
+        below = torch.zeros_like(q, dtype=torch.int8)
+        if self.problem.divergence is not None:
+            below = ((log_q < LOG_PROBABILITY_FLOOR) & (p > 0) | (log_p < LOG_PROBABILITY_FLOOR) & (q > 0)).to(torch.int8)
         log_q, log_p = (log.clamp(min=LOG_PROBABILITY_FLOOR) for log in (log_q, log_p))
         if self.problem.divergence is not None:
             value, slope = self.problem.divergence(log_p, log_q)
-        return Sums(q, p, value, slope, q1, q * log_q, p * log_p)
+        return Sums(q, p, value, slope, q1, q * log_q, p * log_p, below)
 
     def _divergence(self, logs):
         """Σ value and Σ slope (n, 1) of the corrected sums, and the value's gradient (n, 4) with respect to the first four."""

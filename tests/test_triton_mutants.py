@@ -6,6 +6,7 @@ gradient is off by more than the tolerance rule of `accuracy` allows.
 
 import importlib
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -172,10 +173,21 @@ def quantised_with_everything():
     quantised(divergence="reverse_kl", **{name: value for name, value in everything(21, 150).items() if name != "label_smoothing"})
 
 
+def quantised_below_the_floor():
+    for student, teacher, recomputed in ((-3e4, 12.0, 1), (12.0, -3e4, 1), (-math.inf, -math.inf, 0)):
+        inputs = make_inputs("moderate", 21, 150, 24, 40, bias=True)
+        inputs.student_bias[5], inputs.teacher_bias[5] = student, teacher
+        biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+        options = {"sweep": "int8", "column_fraction": 0.3, "seed": 3, "sweep_tolerance": 1e6}  # which only an infinite error exceeds
+        _, stats = distillation_loss_and_stats(*inputs[:4], **biases, backend="triton", **options)
+        assert stats.recomputed == recomputed and stats.divergence.isfinite().all()
+
+
 CASES = (
     chunked, chunked_plain, chunked_three_passes, chunked_clamped, chunked_student_clamped_once, chunked_teacher_clamped_once,
     chunked_untempered_clamped, chunked_cold, chunked_float16, stats,
     swept, swept_plain, swept_with_gaps, swept_clamped, quantised, quantised_with_everything,
+    quantised_below_the_floor,
 )  # fmt: skip
 
 
@@ -279,7 +291,7 @@ MUTANTS = {
         quantised, "quantised_sweep", "tile.shape[1] // 2)).permute((0, 2, 1)))", "tile.shape[1] // 2)).flip(1).permute((0, 2, 1)))"
     ),
     "padding counted in the swept sums": Mutant(
-        quantised, "quantised_sweep", "student_sum += tl.sum(tl.where(inside[None, :], q, 0.0), 1)", "student_sum += tl.sum(q, 1)"
+        quantised, "quantised_sweep", "mass = tl.where(inside[None, :], mass, 0.0)", "mass += 0.0"
     ),
     "scale of the head's rows left out": Mutant(
         quantised, "quantised_sweep", "* row_scale[:, None] * head_scale[None, :]", "* row_scale[:, None]"
@@ -289,7 +301,7 @@ MUTANTS = {
         "entries[None, :] == label[:, None], 0.0 * label_square[:, None]",
     ),
     "list of columns taken for the first ones": Mutant(
-        quantised, "quantised_sweep", "entries = tl.load(columns + at, mask=inside, other=0)", "entries = at.to(tl.int64)"
+        quantised, "listed_columns", "entries = tl.load(columns + at, mask=inside, other=0)", "entries = at.to(tl.int64)"
     ),
     "difference not weighted": Mutant(quantised, "kept_columns", "s0 += tl.sum(weight * d0, 1)", "s0 += tl.sum(d0, 1)"),
     "surely kept columns counted as uncertain": Mutant(
@@ -305,6 +317,13 @@ MUTANTS = {
     "untempered sums of the tempered softmax": Mutant(
         quantised_with_everything, "quantised_sweep", "untempered_sum if SEPARATE else student_sum", "student_sum"
     ),
+    "entries below the floor not counted": Mutant(
+        quantised_below_the_floor, "quantised_sweep", "below_sum += _summed(below, inside, STATS)", "below_sum += 0.0"
+    ),
+    "entries below the student's floor alone counted": Mutant(
+        quantised_below_the_floor, "quantised_sweep", " | ((log_p < FLOOR) & (q > 0.0))", ""
+    ),
+    "entries that no model gives mass counted": Mutant(quantised_below_the_floor, "quantised_sweep", "& (p > 0.0)", "& (p >= 0.0)"),
     # The floor.
     "log-probabilities not raised to the floor": Mutant(
         chunked_clamped, "elementwise", "tl.where(log_probability < FLOOR, FLOOR, log_probability)", "log_probability"

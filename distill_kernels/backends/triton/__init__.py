@@ -162,7 +162,7 @@ def _run_swept(problem, tensors, plan, compact):
 
     launcher, products = Launcher(problem, tensors), Products(problem, tensors.student_hidden.device)
     sampler = Sampler(problem, tensors, plan)
-    pilot = quantised.pilot(problem, tensors)
+    pilot, trust = quantised.pilot(problem, tensors), quantised.Trust(problem, tensors)
     dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
     dz_scale = _dz_scale(problem, tensors.coefficients) if dtype is torch.float16 else None
 
@@ -172,7 +172,7 @@ def _run_swept(problem, tensors, plan, compact):
             counts = (chunk.coefficients != 0).any(-1, keepdim=True)
             hidden = (None if h is None else torch.where(counts, h, 0) for h in (chunk.student_hidden, chunk.teacher_hidden))
             chunk = chunk._replace(**dict(zip(("student_hidden", "teacher_hidden"), hidden, strict=True)))
-        kernels = SweptChunk(launcher, problem, tensors, products, chunk, dtype, dz_scale)
+        kernels = SweptChunk(launcher, problem, tensors, products, chunk, trust, dtype, dz_scale)
         sampler.gradients(chunk, kernels.sweep(pilot), kernels)
         for written in () if counts is None else (chunk.terms, chunk.stats, chunk.errors):
             if written is not None:

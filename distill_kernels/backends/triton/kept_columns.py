@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from distill_kernels.backends.triton import tiles
-from distill_kernels.backends.triton.quantised_sweep import get_references, masses, no_sums
+from distill_kernels.backends.triton.quantised_sweep import SUMS, get_references, masses, no_sums
 
+CORRECTED = SUMS - 1  # all but how many entries are below the floor
 MOMENTS = 11  # products of the first four differences, i ≤ j, and the square of the fifth
 
 
@@ -30,7 +31,7 @@ def difference_kernel(
     swept_y,  # (n, K), or None
     weights,  # (K,) float32: 1/π
     references,  # (REFERENCES, n) float32
-    differences,  # (SUMS + MOMENTS, n, splits) float32, written
+    differences,  # (CORRECTED + MOMENTS, n, splits) float32, written
     tokens,
     count,  # K
     splits,
@@ -50,7 +51,7 @@ def difference_kernel(
     there = rows < tokens
     student, teacher, untempered, _slope = get_references(references, rows, there, tokens)
     none = tl.zeros((ROWS,), tl.float32)
-    s0, s1, s2, s3, s4, s5, s6 = no_sums(ROWS)
+    s0, s1, s2, s3, s4, s5, s6, _below = no_sums(ROWS)
     m00, m01, m02, m03, m11, m12, m13, m22, m23, m33, m44 = none, none, none, none, none, none, none, none, none, none, none
     begin = tl.program_id(1) * slice_entries
     for start in range(begin, tl.minimum(begin + slice_entries, count), BLOCK):
@@ -61,11 +62,11 @@ def difference_kernel(
         exact_y, late_y = exact_z, swept_z
         if y is not None:
             exact_y, late_y = _of_columns(y, rows, there, at, inside, count), _of_columns(swept_y, rows, there, at, inside, count)
-        e0, e1, e2, e3, e4, e5, e6 = masses(
+        e0, e1, e2, e3, e4, e5, e6, _e7 = masses(
             exact_z, exact_y, student, teacher, untempered, inverse_temperature, first, second, y is not None, SEPARATE, STATS, DIVERGENCE,
             PARAMETERS,
         )  # fmt: skip
-        l0, l1, l2, l3, l4, l5, l6 = masses(
+        l0, l1, l2, l3, l4, l5, l6, _l7 = masses(
             swept_z, late_y, student, teacher, untempered, inverse_temperature, first, second, y is not None, SEPARATE, STATS, DIVERGENCE,
             PARAMETERS,
         )  # fmt: skip

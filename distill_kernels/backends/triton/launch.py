@@ -5,7 +5,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill_kernels import chunked
-from distill_kernels.backends.triton import kept_columns, quantised_sweep, rows, sweep
+from distill_kernels.backends.triton import kept_columns, listed_columns, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import MERGED, STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
@@ -46,7 +46,7 @@ def swept_bytes(problem: Problem) -> tuple[int, int]:
     # Logits of the pilot, and the sweep's of the columns kept, of two models; squared scores by blocks of tokens, and their sum.
     models = 2 if problem.teacher_dim else 1
     token_bytes = 4 * models * max(pilot, problem.kept_columns) + -(-4 * problem.vocabulary // tile.rows)
-    fields = max(STATISTICS + TOTALS, quantised_sweep.SUMS + kept_columns.MOMENTS)
+    fields = max(STATISTICS + TOTALS, kept_columns.CORRECTED + kept_columns.MOMENTS)
     most_splits = fields * 4 * 2 * of_rows.programs  # splits_of rounds up to a power of two, so by less than two
     sums = 4 * quantised_sweep.SUMS * tile.rows * (multiprocessors(problem.device) + 1)
     return token_bytes + 2 * 4 * fields, 2 * 4 * problem.vocabulary + most_splits + sums
@@ -164,7 +164,7 @@ class Launcher:
         }  # fmt: skip
         blocks = -(-tokens // configuration.rows)
         _launch(rows.statistics_kernel, (blocks, splits), values | self._early(), num_warps=configuration.warps)
-        _launch(quantised_sweep.references_kernel, (blocks,), values, num_warps=1)
+        _launch(listed_columns.references_kernel, (blocks,), values, num_warps=1)
         return made
 
     def quantised_sweep(self, chunk: chunked.Chunk, student, teacher, references):
@@ -197,7 +197,7 @@ class Launcher:
     def swept_logits(self, model, columns):
         """(n, m) float32: the sweep's logits of a model's entries (m,)."""
         tokens, count = len(model.rows), len(columns)
-        configuration = quantised_sweep.listed_configuration(self.architecture)
+        configuration = listed_columns.configuration(self.architecture)
         blocks = -(-tokens // configuration.rows)
         logits = self.tensors.coefficients.new_empty(tokens, count)
         values = {part: getattr(model, part) for part in READ} | {
@@ -206,15 +206,15 @@ class Launcher:
             "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "INTEGERS": self.problem.sweep == "int8",
         }  # fmt: skip
         options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-        _launch(quantised_sweep.logits_kernel, (blocks * -(-count // configuration.entries),), values, **options)
+        _launch(listed_columns.logits_kernel, (blocks * -(-count // configuration.entries),), values, **options)
         return logits
 
     def differences(self, x, y, swept_x, swept_y, weights, references):
-        """(SUMS + MOMENTS, n, splits) from logits (n, K) of the columns kept."""
+        """(CORRECTED + MOMENTS, n, splits) from logits (n, K) of the columns kept."""
         tokens, count = x.shape
         configuration = rows.configuration(self.architecture)
         splits = rows.splits_of(tokens, count, configuration)
-        made = self.tensors.coefficients.new_empty(quantised_sweep.SUMS + kept_columns.MOMENTS, tokens, splits)
+        made = self.tensors.coefficients.new_empty(kept_columns.CORRECTED + kept_columns.MOMENTS, tokens, splits)
         values = self.common | {
             "x": x, "y": y, "swept_x": swept_x, "swept_y": swept_y, "weights": weights, "references": references, "differences": made,
             "tokens": tokens, "count": count, "splits": splits, "slice_entries": _multiple(-(-count // splits), configuration.block),

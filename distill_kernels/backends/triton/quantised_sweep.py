@@ -5,9 +5,7 @@ into int32 or float8 into float32, scales the products by their rows' scales, an
 (`correction.Sums`). They are relative to the references that the pilot gives, so nothing is rescaled as the sweep goes on. A column's
 scores are summed over the tile's tokens and written, a row for each block of tokens, which the caller adds up in their order.
 
-The pilot before the sweep, and after it the columns kept, are multiplied by `logits_kernel`, a tile of tokens and listed columns to a
-program: the same instructions over the same steps of the depth, so that the float8 sums of sm_90, which keep some 14 bits, err there as
-they err in the sweep, and the correction stays without bias.
+Logits of listed entries, the pilot's before the sweep and those of the columns kept after it, are `listed_columns`'.
 
 Integer operations 2·n·V·(D_s + D_t); bytes requested of L2 for each tile: (ROWS + ENTRIES) · (D_s + D_t).
 """
@@ -19,11 +17,11 @@ import triton.language as tl
 
 from distill_kernels import quantised
 from distill_kernels.backends.triton import tiles
-from distill_kernels.backends.triton.elementwise import apply_head, raised, value_and_slope
+from distill_kernels.backends.triton.elementwise import FLOOR, apply_head, raised, value_and_slope
 from distill_kernels.backends.triton.tiles import TERM_COUNT
 
 AGREEMENT = tl.constexpr(quantised.AGREEMENT)
-SUMS = 7  # fields of `no_sums`
+SUMS = 8  # fields of `no_sums`
 REFERENCES = 4  # log-sum-exps over the pilot: student's, teacher's, student's untempered; Σ slope
 NOBODY = tl.constexpr(1e30)  # reference of a row beyond the tokens: it has no mass, whatever the bias
 
@@ -49,24 +47,17 @@ _SM_90 = (
     Configuration(128, 64, 128, 8, 4, True, 2, "32 products of each model a thread leave room for whatever is made of them"),
     Configuration(128, 128, 128, 8, 3, True, 16, "64 of each fill 255 registers: sums are taken of 4 a thread at a time", True),
 )
-_SM_100 = (Configuration(128, 64, 128, 8, 4, True, 4, "two threads a row with 32 columns each, 8 at a time; 64 rows spill"),)
+_SM_100_INT8 = (Configuration(128, 64, 128, 8, 4, True, 8, "32 products of each model a thread; in 4 parts the stats spill"),)
+_SM_100_FP8 = (Configuration(128, 64, 128, 8, 4, True, 4, "two threads a row with 32 columns each, 8 at a time; 64 rows spill"),)
 CONFIGURATIONS = {
     "interpreter": (Configuration(16, 64, 64, 1, 1, False, 2, "small, so that small tests have several tiles in every direction"),),
     ("sm_80", "int8"): _SM_80,
     ("sm_80", "fp8"): _SM_80,  # of 8.9 and 12.x
     ("sm_90", "int8"): _SM_90,
     ("sm_90", "fp8"): _SM_90,
-    ("sm_100", "int8"): _SM_100,  # Triton has no tcgen05 of int8, but the older mma.sync: float8 is the kind for this one
-    ("sm_100", "fp8"): _SM_100,
+    ("sm_100", "int8"): _SM_100_INT8,  # Triton has no tcgen05 of int8, but the older mma.sync: float8 is the kind for this one
+    ("sm_100", "fp8"): _SM_100_FP8,
     ("gfx942", "int8"): (Configuration(64, 128, 128, 8, 2, False, 4, "32 KiB of shared memory; 128 x 64 spills with the stats"),),
-}
-# Of `logits_kernel`, likewise: a list's rows of the head are no box that a descriptor describes.
-LISTED = {
-    "interpreter": Configuration(16, 32, 32, 1, 1, False, 1, "other tiles than the sweep's, and several of them"),
-    "sm_80": Configuration(64, 128, 64, 8, 3, False, 1, "as the sweep; one model's products at a time"),
-    "sm_90": Configuration(128, 128, 128, 8, 3, False, 1, "64 products a thread; 96 KiB in flight"),
-    "sm_100": Configuration(128, 64, 128, 8, 3, False, 1, "two threads a row with 32 columns each"),
-    "gfx942": Configuration(64, 128, 128, 8, 2, False, 1, "as the sweep; one model's products at a time"),
 }
 
 
@@ -76,12 +67,8 @@ def configuration(architecture: str, kind: str, tokens: int, bare: bool) -> Conf
     return next((c for c in fitting if c.rows >= tokens), fitting[-1])
 
 
-def listed_configuration(architecture: str) -> Configuration:
-    return LISTED[architecture]
-
-
 @triton.jit
-def _product(
+def multiply(
     rows,  # (n, D'), pointer or descriptor
     head,  # (V, D'), pointer or descriptor
     dim,
@@ -140,7 +127,7 @@ def _halves(parts):
 
 
 @triton.jit
-def _meant(product, row_scale, head_scales, bias, entries, inside, scale, softcap):
+def meant(product, row_scale, head_scales, bias, entries, inside, scale, softcap):
     """Logits (R, C) of a product of 8-bit rows."""
     head_scale = tl.load(head_scales + entries.to(tl.int64) * 3, mask=inside, other=0.0)
     return apply_head(product.to(tl.float32) * row_scale[:, None] * head_scale[None, :], bias, entries, inside, scale, softcap)
@@ -171,19 +158,21 @@ def masses(
     if TEACHER:
         log_p = y * inverse_temperature - teacher[:, None]
         p = tl.exp(log_p)
-    value, slope = q * 0.0, q * 0.0
+    value, slope, below = q * 0.0, q * 0.0, q * 0.0
     if DIVERGENCE is not None:
         value, slope = value_and_slope(raised(log_p), raised(log_q), first, second, DIVERGENCE, PARAMETERS)
+        if TEACHER:
+            below = tl.where(((log_q < FLOOR) & (p > 0.0)) | ((log_p < FLOOR) & (q > 0.0)), 1.0, 0.0)
     entropy_q, entropy_p = q * 0.0, q * 0.0
     if ENTROPIES:
         entropy_q, entropy_p = q * raised(log_q), p * raised(log_p)
-    return q, p, value, slope, q1, entropy_q, entropy_p
+    return q, p, value, slope, q1, entropy_q, entropy_p, below
 
 
 @triton.jit
 def no_sums(ROWS: tl.constexpr):
     none = tl.zeros((ROWS,), tl.float32)
-    return none, none, none, none, none, none, none
+    return none, none, none, none, none, none, none, none
 
 
 @triton.jit
@@ -199,6 +188,14 @@ def get_references(references, rows, there, tokens):
     teacher = tl.load(references + tokens + rows, mask=there, other=NOBODY)
     untempered = tl.load(references + 2 * tokens + rows, mask=there, other=NOBODY)
     return student, teacher, untempered, tl.load(references + 3 * tokens + rows, mask=there, other=0.0)
+
+
+@triton.jit
+def _summed(mass, inside, STATS: tl.constexpr):
+    """Beyond the vocabulary there is no mass: of its logits, -inf, or with the stats by a select of each sum. Either spills elsewhere."""
+    if STATS:
+        mass = tl.where(inside[None, :], mass, 0.0)
+    return tl.sum(mass, 1)
 
 
 @triton.jit
@@ -230,32 +227,38 @@ def _take(
     PARAMETERS: tl.constexpr,
 ):
     """The sums with those of a tile added; writes its columns' squared scores."""
-    student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum = taken
+    student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum, below_sum = taken
     (
         student_row_scale, teacher_row_scale, student, teacher, untempered, slope_total, divergence_weight, untempered_weight, label_square,
         label,
     ) = token  # fmt: skip
     entries = at + tl.arange(0, product_z.shape[1])
     inside = entries < vocabulary
-    z = _meant(product_z, student_row_scale, student_head_scales, student_bias, entries, inside, student_scale, student_softcap)
+    z = meant(product_z, student_row_scale, student_head_scales, student_bias, entries, inside, student_scale, student_softcap)
+    if not STATS:
+        z = tl.where(inside[None, :], z, -float("inf"))
     y = z
     if TEACHER:
-        y = _meant(product_y, teacher_row_scale, teacher_head_scales, teacher_bias, entries, inside, teacher_scale, teacher_softcap)
-    q, p, value, slope, q1, entropy_q, entropy_p = masses(
+        y = meant(product_y, teacher_row_scale, teacher_head_scales, teacher_bias, entries, inside, teacher_scale, teacher_softcap)
+        if not STATS:
+            y = tl.where(inside[None, :], y, -float("inf"))
+    q, p, value, slope, q1, entropy_q, entropy_p, below = masses(
         z, y, student, teacher, untempered, inverse_temperature, first, second, TEACHER, SEPARATE, STATS, DIVERGENCE, PARAMETERS,
     )  # fmt: skip
-    student_sum += tl.sum(tl.where(inside[None, :], q, 0.0), 1)
+    student_sum += _summed(q, inside, STATS)
     if TEACHER:
-        teacher_sum += tl.sum(tl.where(inside[None, :], p, 0.0), 1)
+        teacher_sum += _summed(p, inside, STATS)
     if SEPARATE:
-        untempered_sum += tl.sum(tl.where(inside[None, :], q1, 0.0), 1)
+        untempered_sum += _summed(q1, inside, STATS)
     if STATS:
-        entropy_q_sum += tl.sum(tl.where(inside[None, :], entropy_q, 0.0), 1)
-        entropy_p_sum += tl.sum(tl.where(inside[None, :], entropy_p, 0.0), 1)
+        entropy_q_sum += _summed(entropy_q, inside, STATS)
+        entropy_p_sum += _summed(entropy_p, inside, STATS)
     square = tl.zeros_like(z)
     if DIVERGENCE is not None:
-        value_sum += tl.sum(tl.where(inside[None, :], value, 0.0), 1)
-        slope_sum += tl.sum(tl.where(inside[None, :], slope, 0.0), 1)
+        value_sum += _summed(value, inside, STATS)
+        slope_sum += _summed(slope, inside, STATS)
+        if TEACHER:
+            below_sum += _summed(below, inside, STATS)
         dz = slope - q * slope_total[:, None]
         mass = _at_most_one(q) + _at_most_one(p)
         square = divergence_weight[:, None] * (_at_most_one(dz * dz) + AGREEMENT * mass * mass)
@@ -265,16 +268,16 @@ def _take(
     if LABELS:
         square += tl.where(entries[None, :] == label[:, None], label_square[:, None], 0.0)
     tl.store(squares + entries, tl.sum(square, 0), mask=inside)
-    return student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum
+    return student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum, below_sum
 
 
 @triton.jit
 def _all_sums(taken, TEACHER: tl.constexpr, SEPARATE: tl.constexpr):
     """With those that are another's."""
-    student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum = taken
+    student_sum, teacher_sum, value_sum, slope_sum, untempered_sum, entropy_q_sum, entropy_p_sum, below_sum = taken
     return (
         student_sum, teacher_sum if TEACHER else student_sum, value_sum, slope_sum, untempered_sum if SEPARATE else student_sum,
-        entropy_q_sum, entropy_p_sum,
+        entropy_q_sum, entropy_p_sum, below_sum,
     )  # fmt: skip
 
 
@@ -353,13 +356,13 @@ def quantised_sweep_kernel(
     for at in range(begin, tl.minimum(begin + slice_entries, vocabulary), ENTRIES):
         entries = at + tl.arange(0, ENTRIES)
         inside = entries < vocabulary
-        z = _product(
+        z = multiply(
             student_rows, student_head, student_dim, rows, there, entries, inside, first_row, at, ROWS, ENTRIES, DEPTH, INTEGERS,
             DESCRIPTORS,
         )  # fmt: skip
         y = z
         if teacher_rows is not None:
-            y = _product(
+            y = multiply(
                 teacher_rows, teacher_head, teacher_dim, rows, there, entries, inside, first_row, at, ROWS, ENTRIES, DEPTH, INTEGERS,
                 DESCRIPTORS,
             )  # fmt: skip
@@ -371,62 +374,3 @@ def quantised_sweep_kernel(
                 first, second, teacher_rows is not None, labels is not None, UNTEMPERED, SEPARATE, STATS, DIVERGENCE, PARAMETERS,
             )  # fmt: skip
     tiles.put_statistics(sums, rows, there, split, tokens, splits, _all_sums(taken, teacher_rows is not None, SEPARATE))
-
-
-@triton.jit
-def logits_kernel(
-    rows,  # (n, D') 8-bit
-    head,  # (V, D')
-    row_scales,  # (n, 3) float32
-    head_scales,  # (V, 3) float32
-    bias,  # (V,), or None
-    columns,  # (m,) int64, of the vocabulary
-    logits,  # (n, m) float32, written
-    tokens,
-    count,  # of columns
-    blocks,  # of tokens
-    dim,
-    scale,
-    softcap,
-    ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    INTEGERS: tl.constexpr,
-):
-    """The sweep's logits of some columns."""
-    first_row = tl.program_id(0) % blocks * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    there = row < tokens
-    at = tl.program_id(0) // blocks * ENTRIES + tl.arange(0, ENTRIES)
-    inside = at < count
-    entries = tl.load(columns + at, mask=inside, other=0)
-    product = _product(rows, head, dim, row, there, entries, inside, 0, 0, ROWS, ENTRIES, DEPTH, INTEGERS, False)
-    row_scale = tl.load(row_scales + row * 3, mask=there, other=0.0)
-    z = _meant(product, row_scale, head_scales, bias, entries, inside, scale, softcap)
-    tl.store(logits + row.to(tl.int64)[:, None] * count + at[None, :], z, mask=there[:, None] & inside[None, :])
-
-
-@triton.jit
-def references_kernel(
-    partial,  # (STATISTICS, n, splits) float32, of the pilot's logits
-    references,  # (REFERENCES, n) float32, written
-    tokens,
-    splits,
-    vocabulary,
-    inverse_temperature,
-    TEACHER: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = rows < tokens
-    max_q, log_sum_q, log_sum_bare, max_p, log_sum_p, _c, _s, _z, _a, _value, slope = tiles.merge_statistics(
-        partial, rows, there, tokens, splits, vocabulary, inverse_temperature, TEACHER, SEPARATE, SEPARATE, False, False, RENORMALISE,
-        SPLITS,
-    )  # fmt: skip
-    tl.store(references + rows, max_q * inverse_temperature + log_sum_q, mask=there)
-    tl.store(references + tokens + rows, max_p * inverse_temperature + log_sum_p, mask=there)
-    tl.store(references + 2 * tokens + rows, max_q + log_sum_bare, mask=there)
-    tl.store(references + 3 * tokens + rows, slope, mask=there)

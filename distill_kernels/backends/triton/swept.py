@@ -2,8 +2,8 @@
 
 import torch
 
+from distill_kernels.backends.triton.kept_columns import CORRECTED
 from distill_kernels.backends.triton.launch import Launcher
-from distill_kernels.backends.triton.quantised_sweep import SUMS
 from distill_kernels.correction import Correction, References, Sums
 
 # Of the moments that `difference_kernel` writes, which stands where in the matrix.
@@ -28,9 +28,9 @@ class SweptChunk(Correction):
     def differences(self, x, y, columns, weights):
         y = None if self.teacher is None else y
         made = self.launcher.differences(x, y, *self._both(columns), weights, self.relative_to).sum(-1, dtype=torch.float64)
-        *four, untempered = made[SUMS:]
+        *four, untempered = made[CORRECTED:]
         moments = torch.stack([four[i] for i in MATRIX], -1).view(-1, 4, 4)
-        return Sums(*made[:SUMS].unsqueeze(-1)), moments, untempered
+        return Sums(*made[:CORRECTED].unsqueeze(-1), below=0.0), moments, untempered
 
     def gradient(self, x, y, columns, weights, out):
         y = None if self.teacher is None else y
