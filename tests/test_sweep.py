@@ -267,7 +267,7 @@ def test_tolerance_is_of_what_counts(sampling_pays):
         assert stats.divergence_error.square().mean().sqrt() > 0.004 > stats.logsumexp_error.max() and stats.recomputed == 0
 
 
-ADVERSARIES = ("one huge channel", "far above the pilot", "clamped", "infinite bias")
+ADVERSARIES = ("one huge channel", "far above the pilot", "clamped", "clamped where the teacher is")
 
 
 @on_all
@@ -281,14 +281,39 @@ def test_what_the_estimate_cannot_be_trusted_with_is_computed_exactly(sampling_p
         inputs.teacher_hidden[0], inputs.teacher_weight[77] = 20.0, 20.0
     if adversary == "clamped":
         inputs.student_bias[5] = -3e4
-    if adversary == "infinite bias":
-        inputs.student_bias[5] = inputs.teacher_bias[5] = -math.inf
-    truth = reference.distillation_loss(*inputs[:4], student_bias=inputs.student_bias, teacher_bias=inputs.teacher_bias)
+    if adversary == "clamped where the teacher is":
+        inputs.student_bias[5], inputs.teacher_bias[5] = -3e4, 12.0
     biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+    truth = reference.distillation_loss(*inputs[:4], **biases)
     loss, stats = distillation_loss_and_stats(*inputs[:4], **biases, backend=backend, **SWEPT)
     assert loss.isfinite() and abs(loss.double() - truth) <= 0.03 + 1e-4 * truth.abs()
-    if adversary == "one huge channel":
+    if adversary in ("one huge channel", "clamped where the teacher is"):
         assert stats.recomputed == 1 and abs(loss.double() - truth) <= 1e-3 * truth
+
+
+@on_all
+@pytest.mark.parametrize("vocabulary", [1, 2, 65, 700])
+def test_ties_and_next_to_no_vocabulary(sampling_pays, vocabulary, backend):
+    """Hidden states of zero: every column's score is the same, every logit is exact in 8 bits, and the loss is 0."""
+    inputs = make_inputs("moderate", TOKENS, vocabulary)
+    inputs.student_hidden[:] = inputs.teacher_hidden[:] = 0
+    options = {**SWEPT, "labels": make_labels(TOKENS, vocabulary, masked=0), "ce_weight": 1.0, "backend": backend}
+    got = with_gradients(distillation_loss, inputs, 1.0, **options)
+    assert got["loss"] == pytest.approx(math.log(vocabulary), abs=1e-6)
+    assert got["d_student_hidden"].isfinite().all() and not got["d_student_weight"].any()
+
+
+@on_all
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_entries_that_both_models_lack_cost_nothing(sampling_pays, divergence, backend):
+    """Heads that are padded, and a bias of −∞ there."""
+    inputs = make_inputs("moderate", TOKENS, VOCABULARY, bias=True)
+    inputs.student_bias[-50:] = inputs.teacher_bias[-50:] = -math.inf
+    biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
+    truth = reference.distillation_loss(*inputs[:4], **biases, divergence=divergence)
+    for options in (NEVER, SWEPT):
+        loss, stats = distillation_loss_and_stats(*inputs[:4], **biases, divergence=divergence, backend=backend, **options)
+        assert abs(loss.double() - truth) <= 4 * stats.divergence_error.mean() and stats.recomputed == 0
 
 
 @on_all
