@@ -153,7 +153,7 @@ class Trust:
         do or a graph is being captured.
         """
         errors, noisy = chunk.errors, self._noisy(student_scales, "student") | self._noisy(teacher_scales, "teacher")
-        errors.masked_fill_(noisy[:, None], math.inf)
+        errors.add_(torch.where(noisy[:, None], math.inf, 0.0))  # what is not a number stays that
         if errors.is_cuda and (math.isinf(self.problem.sweep_tolerance) or torch.cuda.is_current_stream_capturing()):
             return False
         of_terms = torch.stack((chunk.coefficients[:, 0] != 0, (chunk.coefficients[:, 1:] != 0).any(-1)), -1)
