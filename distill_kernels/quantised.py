@@ -144,7 +144,8 @@ class Trust:
     def __init__(self, problem: Problem, tensors: Tensors):
         self.problem = problem
         both = tensors.student_scales, tensors.teacher_scales
-        self.limits = [None if scales is None else scales.amax(0) for scales in both]  # (3,) a head's coarsest scale and longest row
+        # (3,) of a typical row of each head: the root mean square of its rows' scales and norms.
+        self.typical = [None if scales is None else scales.square().mean(0).sqrt() for scales in both]
 
     def exceeds(self, chunk, student_scales: torch.Tensor, teacher_scales: torch.Tensor | None) -> bool:
         """Whether its standard errors, root mean square over the tokens, are above the tolerance: it is then computed exactly.
@@ -162,20 +163,20 @@ class Trust:
 
     def _noisy(self, scales, model) -> torch.Tensor | bool:
         """(n,) tokens whose rounding errors leave no estimate of a standard error to be trusted."""
-        limits = self.limits[model == "teacher"]
-        return False if limits is None else ~(noise(self.problem, scales, limits, model) <= MOST_NOISE)
+        typical = self.typical[model == "teacher"]
+        return False if typical is None else ~(noise(self.problem, scales, typical, model) <= MOST_NOISE)
 
 
-def noise(problem: Problem, scales: torch.Tensor, limits: torch.Tensor, model: str) -> torch.Tensor:
-    """(n,) standard deviation of a tempered logit's rounding error, for tokens of `scales` (n, 3) and a head of `limits` (3,) at most.
+def noise(problem: Problem, scales: torch.Tensor, typical: torch.Tensor, model: str) -> torch.Tensor:
+    """(n,) standard deviation of a tempered logit's rounding error, for tokens of `scales` (n, 3) and rows of a head like `typical` (3,).
 
     Errors of single products are independent, uniform, and in float8 relative to the number.
     """
     step = STEP_ERROR[problem.sweep]
     if problem.sweep == "fp8":
-        error = math.sqrt(2) * step * scales[:, 2] * limits[2] / math.sqrt(getattr(problem, f"{model}_dim"))
+        error = math.sqrt(2) * step * scales[:, 2] * typical[2] / math.sqrt(getattr(problem, f"{model}_dim"))
     else:
-        error = step * torch.hypot(scales[:, 0] * limits[2], scales[:, 2] * limits[0])
+        error = step * torch.hypot(scales[:, 0] * typical[2], scales[:, 2] * typical[0])
     # Cross entropy and z-loss are of the untempered logits.
     untempered = model == "student" and (problem.cross_entropy or problem.z_loss)
     return abs(getattr(problem, f"{model}_logit_scale")) * error / (min(problem.temperature, 1.0) if untempered else problem.temperature)
