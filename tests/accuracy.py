@@ -70,6 +70,11 @@ def assert_close64(name, got, truth):
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def relative(got, want):
+    """Frobenius error of a tensor, relative."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
 class Inputs(NamedTuple):
     student_hidden: torch.Tensor  # (N, D_s)
     student_weight: torch.Tensor  # (V, D_s)

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, make_token_weight, with_gradients
+from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, make_token_weight, relative, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import chunked, columns, distillation_loss, distillation_loss_and_stats, plan, reference, sampling
@@ -35,10 +35,6 @@ def sampled(inputs, backend="torch", upstream=1.0, seed=3, fraction=FRACTION, **
 def assert_same(got, want, names=None):
     for name in names or want:
         assert torch.equal(got[name], want[name]), name
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @on_cpu

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import BACKENDS, make_inputs, with_gradients
+from accuracy import BACKENDS, make_inputs, relative, with_gradients
 
 from distill_kernels import PreparedHead, autograd, backends, distillation_loss, distillation_loss_and_stats, prepare_head, quantised
 from distill_kernels.backends import native
@@ -15,10 +15,6 @@ TOKENS, VOCABULARY = 21, 700
 on_all = pytest.mark.parametrize("backend", BACKENDS)
 needs_native = pytest.mark.skipif(native._native is None, reason="the compiled extension was not built")
 NEVER = {"sweep": "int8", "column_fraction": 0.3, "seed": 3, "sweep_tolerance": None}
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @needs_native

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from accuracy import BACKENDS, Inputs, make_inputs, make_labels, make_token_weight, with_gradients
+from accuracy import BACKENDS, Inputs, make_inputs, make_labels, make_token_weight, relative, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import backends, columns, distillation_loss, distillation_loss_and_stats, plan, prepare_head, quantised, reference
@@ -36,10 +36,6 @@ def options_of(kind):
 
 
 KINDS = ("plain", "reverse", "tempered", "cross entropy", "everything")
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 class Estimate(NamedTuple):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import BACKENDS, Inputs, make_inputs, make_labels, with_gradients
+from test_columns_statistics import unweighted
 
 from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, prepare_head, sampling
 from distill_kernels.backends import native
@@ -102,11 +103,6 @@ def test_mean_is_exact_and_standard_errors_are_the_errors(sampling_pays, family,
             assert 0.8 < observed / predicted < 1.2
             within = (deviation.abs() <= 1.96 * error + 2e-6).double().mean()
             assert 0.9 <= within <= 0.99, f"{within:.1%} of 95 % intervals contain the truth"
-
-
-def unweighted(scores, kept, uniform):
-    drawn, weights = columns.draw(scores, kept, uniform)
-    return drawn, torch.ones_like(weights)
 
 
 def thirty_percent_high(scores, kept, uniform):
