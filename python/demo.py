@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_kernels.api import demo_benchmark, demo_models, demo_report, demo_text
-from distill_kernels.api.demo_text import DemoError
 from distill_kernels.api.losses import DistillationLoss, distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.user_error import UserError
 
 HELD_OUT_TOKENS = 2048  # at most, for an evaluation costs as much as two or three steps
 EVALUATIONS = 5  # along a run, its start and its end among them
@@ -114,7 +114,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The whole demo: prints progress and tables, writes demo.json and curves.png to settings.output, returns what is in the former.
 
     Raises
-        DemoError: something the user can put right, in one sentence; nothing has been written.
+        UserError: something the user can put right, in one sentence; nothing has been written.
     """
     clock = _Clock()
     _check(settings)
@@ -202,7 +202,7 @@ def _train_and_evaluate(name, student, batches, held_out, settings, loss_options
     bar = _bar(train(student.train(), batches, optimizer, schedule, **loss_options), demo_report.LABELS[name], total=settings.steps)
     for step, loss in enumerate(bar, start=1):
         if not math.isfinite(loss):
-            raise DemoError(f"the loss of {demo_report.LABELS[name]} is {loss} at step {step}; pass a smaller --learning-rate")
+            raise UserError(f"the loss of {demo_report.LABELS[name]} is {loss} at step {step}; pass a smaller --learning-rate")
         losses.append(loss)
         if step in marks:
             curve.append({"step": step, **evaluate(student.eval(), held_out, settings.batch_size)})
@@ -220,13 +220,13 @@ def _check(settings: Settings) -> None:
         ("--seed", settings.seed, 0),
     ):
         if not least <= value < 2**31:
-            raise DemoError(f"{flag} must be a whole number of at least {least}, got {value}")
+            raise UserError(f"{flag} must be a whole number of at least {least}, got {value}")
     if not (math.isfinite(settings.learning_rate) and settings.learning_rate > 0):
-        raise DemoError(f"--learning-rate must be a finite number above 0, got {settings.learning_rate}")
+        raise UserError(f"--learning-rate must be a finite number above 0, got {settings.learning_rate}")
     try:
         DistillationLoss(divergence=settings.divergence, temperature=settings.temperature)
     except (TypeError, ValueError) as error:
-        raise DemoError(str(error)) from error
+        raise UserError(str(error)) from error
     demo_models.check_packages()
     demo_report.check_output(settings.output)
 
@@ -246,10 +246,10 @@ def _draw(settings: Settings, documents, tokenizer, teacher) -> tuple[Tensor, Te
     """(training windows (n, S), held-out windows (m, S), rows of the former for each step (steps, B))."""
     length, longest = settings.sequence_length, getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise DemoError(f"--sequence-length {length} is longer than the {longest} tokens which the teacher can read")
+        raise UserError(f"--sequence-length {length} is longer than the {longest} tokens which the teacher can read")
     pools = [demo_text.windows(part, tokenizer, length) for part in (documents.train, documents.held_out)]
     if not all(map(len, pools)):
-        raise DemoError(
+        raise UserError(
             f"the text is too short: it has {len(pools[0])} windows of {length} tokens to train on and {len(pools[1])} held out, wanted at "
             "least one of each; pass a longer --text or a smaller --sequence-length"
         )
@@ -267,7 +267,7 @@ def _check_compatible(settings: Settings, teacher: nn.Module, student: nn.Module
             student_output, teacher_output = (run_backbone(model, input_ids=input_ids[:1, :2]) for model in (student, teacher))
             distillation_loss(**student_output.as_student(), **teacher_output.as_teacher(), divergence=settings.divergence)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise DemoError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 @torch.no_grad()

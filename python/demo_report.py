@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from distill_kernels.api.demo_text import DemoError
+from distill_kernels.api.user_error import UserError
 
 FILES = ("demo.json", "curves.png")
 ROWS = {
@@ -44,7 +44,7 @@ def loss_step_table(benchmark: dict) -> str:
 
 
 def check_output(folder: Path) -> None:
-    """Raises DemoError unless `folder` can be written to; creates nothing."""
+    """Raises UserError unless `folder` can be written to; creates nothing."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -53,10 +53,10 @@ def check_output(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise DemoError(f"--output {folder} cannot be written to: {existing}: {error.strerror}") from error
+        raise UserError(f"--output {folder} cannot be written to: {existing}: {error.strerror}") from error
     for name in FILES:
         if (folder / name).is_dir():
-            raise DemoError(f"--output {folder} cannot be written to: {folder / name} is a folder")
+            raise UserError(f"--output {folder} cannot be written to: {folder / name} is a folder")
 
 
 def write(report: dict, folder: Path) -> None:
@@ -70,7 +70,7 @@ def write(report: dict, folder: Path) -> None:
             for name in FILES:
                 os.replace(made / name, folder / name)
     except OSError as error:
-        raise DemoError(f"--output {folder} cannot be written to: {error.strerror}") from error
+        raise UserError(f"--output {folder} cannot be written to: {error.strerror}") from error
 
 
 def _plot(report: dict, path: Path) -> None:

@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill_kernels.api.user_error import UserError
+
 HELD_OUT_FRACTION = 0.2  # of the characters
-
-
-class DemoError(Exception):
-    """What the user can put right; the message is one sentence that says how."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def _reference_manual(seed: int) -> Documents:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DemoError("this Python comes without pydoc_data.topics, the demo's default text; pass --text FILE") from error
+        raise UserError("this Python comes without pydoc_data.topics, the demo's default text; pass --text FILE") from error
     names = sorted(topics)
     random.Random(seed).shuffle(names)
     wanted = HELD_OUT_FRACTION * sum(map(len, topics.values()))
@@ -49,14 +47,14 @@ def _text_file(path: Path) -> Documents:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DemoError(f"--text {path} is not UTF-8: byte {error.start} cannot be decoded; convert the file first") from error
+        raise UserError(f"--text {path} is not UTF-8: byte {error.start} cannot be decoded; convert the file first") from error
     except OSError as error:
-        raise DemoError(f"--text {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"--text {path} cannot be read: {error.strerror}") from error
     sections = [section for section in re.split(r"\n[ \t]*\n\s*", text.strip()) if section]
     if not sections:
-        raise DemoError(f"--text {path} is empty")
+        raise UserError(f"--text {path} is empty")
     if len(sections) == 1:
-        raise DemoError(f"--text {path} has no blank line, and the held-out part has to begin after one")
+        raise UserError(f"--text {path} has no blank line, and the held-out part has to begin after one")
     # Neighbouring sections share names and phrases, so the held-out ones are the file's end rather than drawn from all over it.
     first, size = len(sections), 0
     while first > 1 and size < HELD_OUT_FRACTION * sum(map(len, sections)):

@@ -71,7 +71,7 @@ def test_help_has_an_example(command, capsys):
 
 
 def test_help_examples_parse():
-    parser = command_line._parser()
+    parser = command_line.parser()
     for action in parser._subparsers._group_actions[0].choices.values():
         parser.parse_args(action.epilog.split()[2:])
 

@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from distill_kernels.api import demo, demo_benchmark, demo_models, demo_report, demo_text
+from distill_kernels.api import demo_benchmark, demo_models, demo_report, demo_text
 from distill_kernels.api.command_line import main
+from distill_kernels.api.user_error import UserError
 
 for package in ("transformers", "tqdm", "matplotlib"):
     pytest.importorskip(package)
@@ -305,7 +306,7 @@ def test_a_full_disk_leaves_the_old_report(finished, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(demo_report, "_plot", full)
-    with pytest.raises(demo.DemoError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         demo_report.write(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"] and (tmp_path / "demo.json").read_text() == "old"
 
