@@ -112,7 +112,8 @@ def test_wheel_holds_the_packages_the_extension_and_working_entry_points(tree, t
     assert "Requires-Dist: torch" in metadata
     assert loss_of_installation(tmp_path / "installed") == "ready"
     for module in re.findall(r"^[\w-]+ *= *([\w.]+):\w+", entry_points, re.MULTILINE):
-        assert module.replace(".", "/") + ".py" in names, f"the script of {module} has no module"
+        path = module.replace(".", "/")
+        assert {f"{path}.py", f"{path}/__init__.py"} & names, f"the script of {module} has no module"
 
 
 def test_installation_without_a_compiler_says_so_and_runs_on_torch(tree, tmp_path):
