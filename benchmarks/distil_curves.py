@@ -18,7 +18,7 @@ import time
 import torch
 
 from benchmarks import record
-from distill_kernels.api import demo, demo_models, demo_text
+from distill_kernels.api import corpus, demo, initial_models
 from distill_kernels.api.models import run_backbone
 
 VARIANTS = {
@@ -59,12 +59,12 @@ def run(student, text, held_out, order, seed, options):
 def prepare(seeds):
     """The student before training; the text that the runs of all seeds read, and some held out, each with the teacher's states of it; for
     each seed the rows of the text that its steps read."""
-    teacher, tokenizer = demo_models.load("--teacher", demo_models.default_teacher())
+    teacher, tokenizer = initial_models.load("--teacher", initial_models.default_teacher())
     teacher.requires_grad_(False)
-    student = demo_models.cut_student(teacher, demo_models.DEFAULT_LAYERS)
-    documents = demo_text.read_documents(None, 0)
-    train, held_out = (demo_text.windows(part, tokenizer, LENGTH) for part in (documents.train, documents.held_out))
-    orders = [demo_text.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in seeds]
+    student = initial_models.cut_student(teacher, initial_models.DEFAULT_LAYERS)
+    documents = corpus.split_documents(None, 0)
+    train, held_out = (corpus.windows(part, tokenizer, LENGTH) for part in (documents.train, documents.held_out))
+    orders = [corpus.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in seeds]
     used, places = torch.cat(orders).unique(return_inverse=True)
     some = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
     return student, demo.read(teacher, train[used], BATCH), demo.read(teacher, some, BATCH), places.chunk(len(seeds))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api import demo_benchmark, demo_models, demo_report, demo_text
+from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models
 from distill_kernels.api.losses import DistillationLoss, distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.user_error import UserError
@@ -118,18 +118,18 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     clock = _Clock()
     _check(settings)
-    documents = demo_text.read_documents(settings.text, settings.seed)
+    documents = corpus.split_documents(settings.text, settings.seed)
     _silence_transformers()
 
-    path = demo_models.default_teacher() if settings.teacher is None else settings.teacher
-    name = demo_models.DEFAULT_TEACHER if settings.teacher is None else str(path)
+    path = initial_models.default_teacher() if settings.teacher is None else settings.teacher
+    name = initial_models.DEFAULT_TEACHER if settings.teacher is None else str(path)
     print(f"teacher: {name}", flush=True)
-    teacher, tokenizer = demo_models.load("--teacher", path)
+    teacher, tokenizer = initial_models.load("--teacher", path)
     teacher.requires_grad_(False)
     student, origin = _initial_student(settings, teacher, tokenizer)
     description = {
-        "teacher": {"name": name, **demo_models.describe(teacher), "sha256": demo_models.weight_hashes(path)},
-        "student": {"origin": origin, **demo_models.describe(student)},
+        "teacher": {"name": name, **initial_models.describe(teacher), "sha256": initial_models.weight_hashes(path)},
+        "student": {"origin": origin, **initial_models.describe(student)},
     }
     print(f"student: {origin}; {description['student']['trained_parameters']:,} trained parameters")
     clock.lap("load")
@@ -227,18 +227,18 @@ def _check(settings: Settings) -> None:
         DistillationLoss(divergence=settings.divergence, temperature=settings.temperature)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    demo_models.check_packages()
+    initial_models.check_packages()
     demo_report.check_output(settings.output)
 
 
 def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple[nn.Module, str]:
     """(the student both runs start from, where it comes from)."""
     if settings.student is None:
-        keep = demo_models.DEFAULT_LAYERS if settings.teacher is None else demo_models.layers_to_keep(teacher)
+        keep = initial_models.DEFAULT_LAYERS if settings.teacher is None else initial_models.layers_to_keep(teacher)
         origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(teacher.base_model.layers)}, its embeddings and head frozen"
-        return demo_models.cut_student(teacher, keep), origin
-    student, student_tokenizer = demo_models.load("--student", settings.student)
-    demo_models.check_tokenizers(tokenizer, student_tokenizer)
+        return initial_models.cut_student(teacher, keep), origin
+    student, student_tokenizer = initial_models.load("--student", settings.student)
+    initial_models.check_tokenizers(tokenizer, student_tokenizer)
     return student, str(settings.student)
 
 
@@ -247,14 +247,14 @@ def _draw(settings: Settings, documents, tokenizer, teacher) -> tuple[Tensor, Te
     length, longest = settings.sequence_length, getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise UserError(f"--sequence-length {length} is longer than the {longest} tokens which the teacher can read")
-    pools = [demo_text.windows(part, tokenizer, length) for part in (documents.train, documents.held_out)]
+    pools = [corpus.windows(part, tokenizer, length) for part in (documents.train, documents.held_out)]
     if not all(map(len, pools)):
         raise UserError(
             f"the text is too short: it has {len(pools[0])} windows of {length} tokens to train on and {len(pools[1])} held out, wanted at "
             "least one of each; pass a longer --text or a smaller --sequence-length"
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    order = demo_text.epochs(len(pools[0]), settings.batch_size, settings.steps, generator)
+    order = corpus.epochs(len(pools[0]), settings.batch_size, settings.steps, generator)
     used, order = order.unique(return_inverse=True)
     held_out = torch.randperm(len(pools[1]), generator=generator)[: max(1, HELD_OUT_TOKENS // length)]
     return pools[0][used], pools[1][held_out], order

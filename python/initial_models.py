@@ -1,4 +1,4 @@
-"""The demo's teacher and initial student: found, loaded, checked against each other, and cut from one another."""
+"""A teacher and an initial student: found, loaded, checked against each other, and cut from one another."""
 
 import copy
 import hashlib
