@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_kernels.api.lm_head import Head, head_of, without_peft
+
 # Hugging Face labels mark positions without a target by this value, whatever ignore_index a loss uses.
 _HF_IGNORED = -100
 
@@ -44,21 +46,6 @@ _RECIPES: dict[str, _LogitRecipe] = {
     **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), _LogitRecipe(divide_by="logits_scaling")),
     "falcon_h1": _LogitRecipe(multiply_by="lm_head_multiplier"),
     "hyperclovax": _LogitRecipe(multiply_by="logits_scaling"),
-}
-
-_WRAP_OUTSIDE = (
-    "wrap a module whose forward calls run_backbone and distillation_loss, because going past the wrapper skips its gradient hooks"
-)
-_SHARDED = "its LM head is whole only inside the wrapped module's forward, so call distillation_loss there with hidden and weight by hand"
-# Known by class name, so that neither peft nor deepspeed nor a torch built without torch.distributed has to be imported.
-_WRAPPERS = {
-    "DistributedDataParallel": _WRAP_OUTSIDE,
-    "DataParallel": _WRAP_OUTSIDE,
-    "DeepSpeedEngine": _WRAP_OUTSIDE,
-    "FullyShardedDataParallel": _SHARDED,
-    "FSDPModule": _SHARDED,
-    "PeftModel": "for LoRA pass model.get_base_model(), which keeps its adapters, and leave the LM head without one",
-    "OptimizedModule": "pass the model from before torch.compile and compile the function which calls run_backbone",
 }
 
 
@@ -94,14 +81,16 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
     logit_scale, bias and softcap; the ones covered are listed by config.model_type in this module.
 
     Args:
-        model: a causal language model of transformers, unwrapped, with a plain torch.nn.Linear LM head (tied embeddings are fine).
+        model: a causal language model of transformers, unwrapped, with a plain torch.nn.Linear LM head (tied embeddings are fine); or a
+            PeftModel of one, whose adapters may be anywhere, and on the LM head LoRA: see `lm_head.Head.widened` for what that costs.
         batch: the model's inputs, such as input_ids (B, S) int64, attention_mask (B, S) and position_ids (B, S).
 
     Returns:
-        BackboneOutput with hidden (B, S, D) and weight (V, D), whose dtypes are the model's.
+        BackboneOutput with hidden (B, S, D) and weight (V, D), whose dtypes are the model's; D + r for LoRA of rank r on the LM head.
 
     Raises:
-        TypeError: the model is wrapped (DDP, FSDP, PEFT, torch.compile), is no causal language model, or its head is not plain.
+        TypeError: the model is wrapped (DDP, FSDP, torch.compile), is no causal language model, or its head is not plain. Of a model
+            sharded by torch.distributed.fsdp.fully_shard the head is whole inside of the model's own forward only.
         ValueError: the batch asks for logits_to_keep.
         NotImplementedError: the architecture is not covered; the message says what to pass to distillation_loss by hand.
 
@@ -111,39 +100,24 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
         >>> labels = next_token_labels(batch["input_ids"], attention_mask=batch["attention_mask"])
         >>> loss = distillation_loss(**run_backbone(student, **batch).as_student(), **target.as_teacher(), labels=labels)
     """
-    head = _plain_head(model)
-    logit_scale, softcap = _scale_and_softcap(model.config)
+    model, head, logit_scale, softcap = _parts(model)
     if "logits_to_keep" in batch:
         raise ValueError("the batch has logits_to_keep, but run_backbone returns every position; drop it and slice hidden instead")
     inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}
     inputs.update(use_cache=False, return_dict=True)
-    hidden = model.base_model(**inputs).last_hidden_state
-    return BackboneOutput(hidden, head.weight, head.bias, logit_scale, softcap)
+    hidden, weight, bias = head.widened(model.base_model(**inputs).last_hidden_state)
+    return BackboneOutput(hidden, weight, bias, logit_scale, softcap)
 
 
-def _plain_head(model: nn.Module) -> nn.Linear:
-    kind = type(model).__name__
-    for base in type(model).__mro__:
-        if base.__name__ in _WRAPPERS:
-            raise TypeError(f"run_backbone got a model wrapped in {base.__name__}, wanted the model itself: {_WRAPPERS[base.__name__]}")
-    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
-        raise TypeError(f"run_backbone got {kind}, wanted a causal language model of transformers")
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"run_backbone got {kind}, which has no LM head, wanted a causal language model such as LlamaForCausalLM")
-    # Adapters, quantisers, parametrisations and FSDP all show a .weight that is not what their forward multiplies by, and all of them
-    # change the class of the module or of its weight; one shard of a head can pass for a plain Parameter, so its shape is checked too.
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
-        raise TypeError(
-            f"the LM head of {kind} is {type(head).__name__} with a weight of type {type(head.weight).__name__}, "
-            "wanted a plain torch.nn.Linear with a plain Parameter: merge or remove its adapter, quantisation or sharding"
-        )
-    if head.weight.shape != (head.out_features, head.in_features):
-        raise TypeError(
-            f"the LM head of {kind} has a weight of shape {tuple(head.weight.shape)}, "
-            f"wanted the whole {(head.out_features, head.in_features)} and not one shard of it"
-        )
-    return head
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the LM head, which may be more than the tokenizer has tokens; raises what run_backbone would, and runs nothing."""
+    return _parts(model)[1].weight.shape[0]
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, Head, float, float | None]:
+    """(model without peft, its head, logit_scale, softcap)."""
+    model = without_peft(model)
+    return model, head_of(model), *_scale_and_softcap(model.config)
 
 
 def _scale_and_softcap(config: Any) -> tuple[float, float | None]:

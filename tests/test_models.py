@@ -251,9 +251,7 @@ def named_wrapper(name):
     ("name", "advice"),
     [
         ("DistributedDataParallel", "gradient hooks"),
-        ("FullyShardedDataParallel", "by hand"),
-        ("FSDPModule", "by hand"),
-        ("PeftModel", "get_base"),
+        ("FullyShardedDataParallel", "fully_shard"),
     ],
 )
 def test_run_backbone_refuses_wrappers(name, advice):
