@@ -4,18 +4,21 @@ from distill_kernels.api.diagnosis import doctor, plan
 from distill_kernels.api.heads import PreparedHead, prepare_head
 from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.presets import describe_preset, preset
 
 __all__ = [
     "BackboneOutput",
     "DistillationLoss",
     "DistillationStats",
     "PreparedHead",
+    "describe_preset",
     "distillation_loss",
     "distillation_loss_and_stats",
     "doctor",
     "next_token_labels",
     "plan",
     "prepare_head",
+    "preset",
     "run_backbone",
     "token_logprobs",
 ]
