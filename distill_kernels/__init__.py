@@ -11,6 +11,7 @@ The public names live in `distill_kernels.api`, the folder python/ of the source
 try:
     from distill_kernels.api import *  # noqa: F403
     from distill_kernels.api import __all__ as _public
+    from distill_kernels.api import __getattr__  # noqa: F401, names that need a package of their own
 except ModuleNotFoundError as error:
     if error.name != "distill_kernels.api":
         raise

@@ -22,3 +22,12 @@ __all__ = [
     "run_backbone",
     "token_logprobs",
 ]
+
+
+def __getattr__(name):
+    """Names that need a package of their own; not in __all__, so that `import *` asks for none."""
+    if name == "DistillationTrainer":
+        from distill_kernels.api.trainer import DistillationTrainer
+
+        return DistillationTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
