@@ -18,7 +18,7 @@ import time
 import torch
 
 from benchmarks import record
-from distill_kernels.api import corpus, demo, initial_models
+from distill_kernels.api import corpus, initial_models, training
 from distill_kernels.api.models import run_backbone
 
 VARIANTS = {
@@ -47,11 +47,11 @@ def run(student, text, held_out, order, seed, options):
     student = copy.deepcopy(student).requires_grad_(True)
     optimizer, schedule = optimizer_of(student)
     times, begin = [], time.perf_counter()
-    steps = demo.train(student.train(), [text.batch(rows) for rows in order], optimizer, schedule, **options)
+    steps = training.train(student.train(), text, order, optimizer, schedule, **options)
     for step, _ in enumerate(steps, start=1):
         times.append(time.perf_counter() - begin)
         if step in EVALUATE_AT:
-            yield step, demo.evaluate(student.eval(), held_out, BATCH), statistics.median(times)
+            yield step, training.evaluate(student.eval(), held_out, BATCH), statistics.median(times)
             student.train()
         begin = time.perf_counter()
 
@@ -67,7 +67,7 @@ def prepare(seeds):
     orders = [corpus.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in seeds]
     used, places = torch.cat(orders).unique(return_inverse=True)
     some = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
-    return student, demo.read(teacher, train[used], BATCH), demo.read(teacher, some, BATCH), places.chunk(len(seeds))
+    return student, training.read(teacher, train[used], BATCH), training.read(teacher, some, BATCH), places.chunk(len(seeds))
 
 
 def trained_pair():
@@ -94,7 +94,7 @@ def trained_pairs():
             student.train()
 
     look(0)
-    for step, _ in enumerate(demo.train(student, [text.batch(rows) for rows in order], optimizer, schedule), start=1):
+    for step, _ in enumerate(training.train(student, text, order, optimizer, schedule), start=1):
         look(step)
     return pairs
 

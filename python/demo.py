@@ -7,7 +7,6 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models
-from distill_kernels.api.losses import DistillationLoss, distillation_loss, distillation_loss_and_stats
-from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models, training
+from distill_kernels.api.losses import DistillationLoss, distillation_loss
+from distill_kernels.api.models import run_backbone
 from distill_kernels.api.user_error import UserError
 
 HELD_OUT_TOKENS = 2048  # at most, for an evaluation costs as much as two or three steps
 EVALUATIONS = 5  # along a run, its start and its end among them
 BENCHMARK_TOKENS = 1024
-NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
 
 
 @dataclass(frozen=True)
@@ -41,73 +39,6 @@ class Settings:
     seed: int = 0
     output: Path = Path("demo-output")
     benchmark: bool = True
-
-
-def train(
-    student: nn.Module,
-    batches: Iterable[tuple[Tensor, dict[str, Any]]],  # input_ids (B, S), and what the loss has to know of the teacher
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    **loss_options: Any,
-) -> Iterator[float]:
-    """Trains the student, one step for each loss that is taken from it."""
-    for input_ids, teacher in batches:
-        output = run_backbone(student, input_ids=input_ids)
-        labels = next_token_labels(input_ids)
-        loss = distillation_loss(**output.as_student(), **teacher, labels=labels, **loss_options)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield loss.item()
-
-
-@dataclass(frozen=True)
-class ReadText:
-    """Windows of text, and the states in which the teacher read them."""
-
-    input_ids: Tensor  # (n, S) int64
-    teacher: BackboneOutput  # hidden (n, S, D_t) float32
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return self.input_ids[rows], {**self.teacher.as_teacher(), "teacher_hidden": self.teacher.hidden[rows]}
-
-
-@torch.no_grad()
-def read(teacher: nn.Module, input_ids: Tensor, batch_size: int) -> ReadText:
-    """Runs the teacher over input_ids (n, S), a batch at a time."""
-    outputs = [run_backbone(teacher, input_ids=batch) for batch in _bar(input_ids.split(batch_size), "teacher reads the text")]
-    hidden = torch.cat([output.hidden for output in outputs])
-    return ReadText(input_ids, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
-
-
-@torch.no_grad()
-def evaluate(student: nn.Module, text: ReadText, batch_size: int) -> dict[str, float]:
-    """kl: mean KL(teacher‖student) at temperature 1, nats per token; top1_agreement: fraction of tokens; perplexity: of the text."""
-    batches = map(text.batch, torch.arange(len(text.input_ids)).split(batch_size))
-    return _evaluate((run_backbone(student, input_ids=input_ids).as_student(), input_ids, teacher) for input_ids, teacher in batches)
-
-
-@torch.no_grad()
-def evaluate_teacher(text: ReadText, batch_size: int) -> dict[str, float]:
-    """The teacher as its own student: perplexity is what it is for, and the rest says how exact `evaluate` is."""
-    batches = map(text.batch, torch.arange(len(text.input_ids)).split(batch_size))
-    return _evaluate(
-        ({name.replace("teacher", "student"): value for name, value in teacher.items()}, input_ids, teacher)
-        for input_ids, teacher in batches
-    )
-
-
-def _evaluate(batches) -> dict[str, float]:
-    totals = dict.fromkeys(("divergence", "top1_agreement", "cross_entropy", "valid"), 0.0)
-    for student, input_ids, teacher in batches:
-        _, stats = distillation_loss_and_stats(**student, **teacher, labels=next_token_labels(input_ids))
-        for name in totals:
-            totals[name] += getattr(stats, name).sum().item()
-    kl, agreement, cross_entropy = (totals[name] / totals["valid"] for name in ("divergence", "top1_agreement", "cross_entropy"))
-    # A float overflows past exp(709); a student as broken as that is reported, not an error.
-    return {"kl": kl, "top1_agreement": agreement, "perplexity": math.exp(min(cross_entropy, 700))}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -137,32 +68,32 @@ def run(settings: Settings) -> dict[str, Any]:
     train_ids, held_out_ids, order = _draw(settings, documents, tokenizer, teacher)
     _check_compatible(settings, teacher, student, held_out_ids)
     print(f"text: {documents.split}; {train_ids.numel():,} tokens read in training, {held_out_ids.numel():,} held out", flush=True)
-    train_set = read(teacher, train_ids, settings.batch_size)
-    held_out = read(teacher, held_out_ids, settings.batch_size)
+    train_set = training.read(teacher, train_ids, settings.batch_size)
+    held_out = training.read(teacher, held_out_ids, settings.batch_size)
     hidden_bytes = train_set.teacher.hidden.nbytes + held_out.teacher.hidden.nbytes
     print(f"teacher states: {hidden_bytes / 2**20:.1f} MiB of float32, in memory; the teacher does not run again", flush=True)
     clock.lap("teacher")
 
     runs = {
-        "kd": ([train_set.batch(rows) for rows in order], {"divergence": settings.divergence, "temperature": settings.temperature}),
-        "ce": ([(train_ids[rows], NO_TEACHER) for rows in order], {"kd_weight": 0, "ce_weight": 1}),
+        "kd": (train_set, {"divergence": settings.divergence, "temperature": settings.temperature}),
+        "ce": (training.PlainText(train_ids), {"kd_weight": 0, "ce_weight": 1}),
     }
     losses, curves, students = {}, {}, {}
-    for run_name, (batches, loss_options) in runs.items():
+    for run_name, (text, loss_options) in runs.items():
         students[run_name] = copy.deepcopy(student)
-        losses[run_name], curves[run_name] = _train_and_evaluate(run_name, students[run_name], batches, held_out, settings, loss_options)
+        losses[run_name], curves[run_name] = _run(run_name, students[run_name], text, order, held_out, settings, loss_options)
         clock.lap(run_name)
     table = {
         "before": curves["kd"][0],
         "ce": curves["ce"][-1],
         "kd": curves["kd"][-1],
-        "teacher": evaluate_teacher(held_out, settings.batch_size),
+        "teacher": training.evaluate_teacher(held_out, settings.batch_size),
     }
     print("\n" + demo_report.table(table), flush=True)
 
     loss_step = None
     if settings.benchmark:
-        loss_step = demo_benchmark.compare_loss_steps(_loss_inputs(students["kd"], held_out), _bar)
+        loss_step = demo_benchmark.compare_loss_steps(_loss_inputs(students["kd"], held_out), training.progress)
         print("\n" + demo_report.loss_step_table(loss_step), flush=True)
         clock.lap("loss_step")
     report = {
@@ -187,27 +118,20 @@ def run(settings: Settings) -> dict[str, Any]:
     return report
 
 
-def _train_and_evaluate(name, student, batches, held_out, settings, loss_options) -> tuple[list[float], list[dict[str, float]]]:
+def _run(name, student, text, order, held_out, settings, loss_options) -> tuple[list[float], list[dict[str, float]]]:
     """(the loss of every step, held-out quantities along the run)."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warm_up = max(1, settings.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.1 + 0.9 * (1 - step / settings.steps))
-    )
+    optimizer, schedule = training.optimizer_and_schedule(student, settings.learning_rate, settings.steps)
     marks = {round(index * settings.steps / (EVALUATIONS - 1)) for index in range(EVALUATIONS)}
-    losses, curve = [], [{"step": 0, **evaluate(student, held_out, settings.batch_size)}]
     # Dropout, where a student has it, draws the same masks in both runs.
     torch.manual_seed(settings.seed)
-    bar = _bar(train(student.train(), batches, optimizer, schedule, **loss_options), demo_report.LABELS[name], total=settings.steps)
-    for step, loss in enumerate(bar, start=1):
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of {demo_report.LABELS[name]} is {loss} at step {step}; pass a smaller --learning-rate")
-        losses.append(loss)
-        if step in marks:
-            curve.append({"step": step, **evaluate(student.eval(), held_out, settings.batch_size)})
-            student.train()
-        bar.set_postfix_str(f"loss {loss:.3f}, held-out KL {curve[-1]['kl']:.3f}")
+    losses, curve = [], []
+    for record in training.train_and_evaluate(
+        student, text, order, held_out, optimizer, schedule, marks=marks, title=demo_report.LABELS[name], **loss_options
+    ):
+        if record["step"]:
+            losses.append(record["loss"])
+        if record["step"] in marks:
+            curve.append({name: record[name] for name in ("step", "kl", "top1_agreement", "perplexity")})
     return losses, curve
 
 
@@ -271,7 +195,7 @@ def _check_compatible(settings: Settings, teacher: nn.Module, student: nn.Module
 
 
 @torch.no_grad()
-def _loss_inputs(student: nn.Module, text: ReadText) -> dict[str, Any]:
+def _loss_inputs(student: nn.Module, text: training.ReadText) -> dict[str, Any]:
     """Keyword arguments of the loss for the first BENCHMARK_TOKENS of the text, tokens flattened."""
     windows = max(1, BENCHMARK_TOKENS // text.input_ids.shape[1])
     input_ids, teacher = text.batch(torch.arange(min(windows, len(text.input_ids))))
@@ -288,12 +212,6 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self.last = now - self.last, now
-
-
-def _bar(iterable, description: str, total: int | None = None):
-    from tqdm import tqdm
-
-    return tqdm(iterable, desc=f"{description:24}", total=total, dynamic_ncols=True)
 
 
 def _silence_transformers() -> None:
