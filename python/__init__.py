@@ -5,12 +5,15 @@ from distill_kernels.api.heads import PreparedHead, prepare_head
 from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.presets import describe_preset, preset
+from distill_kernels.api.trl_losses import TRLDistillationMixin, TRLGKDMixin
 
 __all__ = [
     "BackboneOutput",
     "DistillationLoss",
     "DistillationStats",
     "PreparedHead",
+    "TRLDistillationMixin",
+    "TRLGKDMixin",
     "describe_preset",
     "distillation_loss",
     "distillation_loss_and_stats",
