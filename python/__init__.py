@@ -1,5 +1,7 @@
 """The public API of distill_kernels; `import distill_kernels` shows the same names."""
 
+from distill_kernels.api.cache.reading import TeacherCache
+from distill_kernels.api.cache.writing import write_teacher_cache
 from distill_kernels.api.diagnosis import doctor, plan
 from distill_kernels.api.heads import PreparedHead, prepare_head
 from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
@@ -14,6 +16,7 @@ __all__ = [
     "PreparedHead",
     "TRLDistillationMixin",
     "TRLGKDMixin",
+    "TeacherCache",
     "describe_preset",
     "distillation_loss",
     "distillation_loss_and_stats",
@@ -24,6 +27,7 @@ __all__ = [
     "preset",
     "run_backbone",
     "token_logprobs",
+    "write_teacher_cache",
 ]
 
 
