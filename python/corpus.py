@@ -126,3 +126,24 @@ def epochs(count: int, batch_size: int, steps: int, generator: torch.Generator) 
     """(steps, batch_size) indices below `count`: every window is drawn once before any is drawn again."""
     passes = -(-steps * batch_size // count)
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])[: steps * batch_size].view(steps, batch_size)
+
+
+def draw(
+    documents: Documents, tokenizer, sequence_length: int, batch_size: int, steps: int, seed: int, held_out_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(training windows (n, S), held-out windows (m, S), rows of the former for each step (steps, B)).
+
+    n counts the windows that `steps` steps need; m · S is `held_out_tokens` at most, unless one window is more. Raises UserError if there
+    are none.
+    """
+    pools = [windows(part, tokenizer, sequence_length) for part in (documents.train, documents.held_out)]
+    if not all(map(len, pools)):
+        raise UserError(
+            f"the text is too short: it has {len(pools[0])} windows of {sequence_length} tokens to train on and {len(pools[1])} held out, "
+            "wanted at least one of each; pass a longer --text or a smaller --sequence-length"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = epochs(len(pools[0]), batch_size, steps, generator)
+    used, order = order.unique(return_inverse=True)
+    held_out = torch.randperm(len(pools[1]), generator=generator)[: max(1, held_out_tokens // sequence_length)]
+    return pools[0][used], pools[1][held_out], order

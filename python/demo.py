@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models, training
-from distill_kernels.api.losses import DistillationLoss, distillation_loss
+from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models, output_folder, training
+from distill_kernels.api.losses import DistillationLoss
 from distill_kernels.api.models import run_backbone
 from distill_kernels.api.user_error import UserError
 
@@ -50,7 +50,7 @@ def run(settings: Settings) -> dict[str, Any]:
     clock = _Clock()
     _check(settings)
     documents = corpus.split_documents(settings.text, settings.seed)
-    _silence_transformers()
+    initial_models.silence_transformers()
 
     path = initial_models.default_teacher() if settings.teacher is None else settings.teacher
     name = initial_models.DEFAULT_TEACHER if settings.teacher is None else str(path)
@@ -65,8 +65,11 @@ def run(settings: Settings) -> dict[str, Any]:
     print(f"student: {origin}; {description['student']['trained_parameters']:,} trained parameters")
     clock.lap("load")
 
-    train_ids, held_out_ids, order = _draw(settings, documents, tokenizer, teacher)
-    _check_compatible(settings, teacher, student, held_out_ids)
+    initial_models.check_length(teacher, settings.sequence_length)
+    train_ids, held_out_ids, order = corpus.draw(
+        documents, tokenizer, settings.sequence_length, settings.batch_size, settings.steps, settings.seed, HELD_OUT_TOKENS
+    )
+    training.check_loss(student, training.TaughtText(held_out_ids[:1, :2], teacher), divergence=settings.divergence)
     print(f"text: {documents.split}; {train_ids.numel():,} tokens read in training, {held_out_ids.numel():,} held out", flush=True)
     train_set = training.read(teacher, train_ids, settings.batch_size)
     held_out = training.read(teacher, held_out_ids, settings.batch_size)
@@ -152,7 +155,7 @@ def _check(settings: Settings) -> None:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     initial_models.check_packages()
-    demo_report.check_output(settings.output)
+    output_folder.check(settings.output, demo_report.FILES)
 
 
 def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple[nn.Module, str]:
@@ -164,34 +167,6 @@ def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple
     student, student_tokenizer = initial_models.load("--student", settings.student)
     initial_models.check_tokenizers(tokenizer, student_tokenizer)
     return student, str(settings.student)
-
-
-def _draw(settings: Settings, documents, tokenizer, teacher) -> tuple[Tensor, Tensor, Tensor]:
-    """(training windows (n, S), held-out windows (m, S), rows of the former for each step (steps, B))."""
-    length, longest = settings.sequence_length, getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise UserError(f"--sequence-length {length} is longer than the {longest} tokens which the teacher can read")
-    pools = [corpus.windows(part, tokenizer, length) for part in (documents.train, documents.held_out)]
-    if not all(map(len, pools)):
-        raise UserError(
-            f"the text is too short: it has {len(pools[0])} windows of {length} tokens to train on and {len(pools[1])} held out, wanted at "
-            "least one of each; pass a longer --text or a smaller --sequence-length"
-        )
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = corpus.epochs(len(pools[0]), settings.batch_size, settings.steps, generator)
-    used, order = order.unique(return_inverse=True)
-    held_out = torch.randperm(len(pools[1]), generator=generator)[: max(1, HELD_OUT_TOKENS // length)]
-    return pools[0][used], pools[1][held_out], order
-
-
-def _check_compatible(settings: Settings, teacher: nn.Module, student: nn.Module, input_ids: Tensor) -> None:
-    """Lets the library refuse the pair on a few tokens rather than after the teacher has read everything."""
-    try:
-        with torch.no_grad():
-            student_output, teacher_output = (run_backbone(model, input_ids=input_ids[:1, :2]) for model in (student, teacher))
-            distillation_loss(**student_output.as_student(), **teacher_output.as_teacher(), divergence=settings.divergence)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(str(error)) from error
 
 
 @torch.no_grad()
@@ -212,11 +187,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self.last = now - self.last, now
-
-
-def _silence_transformers() -> None:
-    """Its bars for a second's dequantising, and its advice on loading, would bury what the demo says."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

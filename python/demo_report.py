@@ -1,12 +1,9 @@
 """What the demo leaves behind: the table, demo.json and curves.png."""
 
 import json
-import math
-import os
-import tempfile
 from pathlib import Path
 
-from distill_kernels.api.user_error import UserError
+from distill_kernels.api import curves, output_folder
 
 FILES = ("demo.json", "curves.png")
 ROWS = {
@@ -15,7 +12,6 @@ ROWS = {
     "kd": "student after distillation",
     "teacher": "teacher",
 }
-COLOURS = {"kd": "#1b6ca8", "ce": "#d1752b"}
 LABELS = {"kd": "distillation", "ce": "cross entropy only"}
 
 
@@ -43,63 +39,9 @@ def loss_step_table(benchmark: dict) -> str:
     return "\n".join(lines)
 
 
-def check_output(folder: Path) -> None:
-    """Raises UserError unless `folder` can be written to; creates nothing."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        # Asking for permission bits is not enough: file systems may be read-only or full.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to: {existing}: {error.strerror}") from error
-    for name in FILES:
-        if (folder / name).is_dir():
-            raise UserError(f"--output {folder} cannot be written to: {folder / name} is a folder")
-
-
 def write(report: dict, folder: Path) -> None:
     """Both files, each whole or not at all."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".demo-") as staging:
-            made = Path(staging)
-            (made / "demo.json").write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-            _plot(report, made / "curves.png")
-            for name in FILES:
-                os.replace(made / name, folder / name)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to: {error.strerror}") from error
-
-
-def _plot(report: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for run, points in report["curves"].items():
-        steps = [point["step"] for point in points]
-        left.plot(steps, [point["kl"] for point in points], "o-", color=COLOURS[run], label=f"{LABELS[run]}: held-out KL to the teacher")
-        right.plot(steps, [100 * point["top1_agreement"] for point in points], "o-", color=COLOURS[run], label=LABELS[run])
-        losses = report["training_loss"][run]
-        left.plot(range(1, len(losses) + 1), losses, color=COLOURS[run], alpha=0.35, linewidth=1, label=f"{LABELS[run]}: training loss")
-    values = [point["kl"] for points in report["curves"].values() for point in points]
-    if min(values) > 0 and math.log10(max(values) / min(values)) > 0.5:
-        left.set_yscale("log")
-        # Powers of ten alone would leave most of these axes without a number.
-        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        left.yaxis.set_major_formatter(ScalarFormatter())
-        left.yaxis.set_minor_formatter(NullFormatter())
-    left.set_ylabel("nats per token")
-    right.set_ylabel("held-out top-1 agreement with the teacher, %")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    by_title = {name: {LABELS[run]: values for run, values in report[name].items()} for name in ("curves", "training_loss")}
+    writers = (lambda path: path.write_text(text, encoding="utf-8"), lambda path: curves.plot(path, **by_title))
+    output_folder.write_files(folder, dict(zip(FILES, writers, strict=True)))

@@ -20,10 +20,10 @@ KEPT_FRACTION = 0.4  # of any other teacher's layers
 PACKAGES = ("transformers", "gguf", "accelerate", "tqdm", "matplotlib")
 
 
-def check_packages() -> None:
+def check_packages(command: str = "demo") -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'the demo needs {", ".join(missing)}: pip install "distill_kernels[demo]"')
+        raise UserError(f'{command} needs {", ".join(missing)}: pip install "distill_kernels[{command}]"')
 
 
 def default_teacher() -> Path:
@@ -56,6 +56,12 @@ def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
         )
 
 
+def check_length(model: nn.Module, sequence_length: int, name: str = "the teacher") -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(f"--sequence-length {sequence_length} is longer than the {longest} tokens which {name} can read")
+
+
 def layers_to_keep(teacher: nn.Module) -> list[int]:
     """Evenly spaced, the first and the last among them."""
     layers = getattr(teacher.base_model, "layers", None)
@@ -79,6 +85,27 @@ def cut_student(teacher: nn.Module, keep: Sequence[int]) -> nn.Module:
     student.get_input_embeddings().requires_grad_(False)
     student.get_output_embeddings().requires_grad_(False)
     return student
+
+
+def savable(model: nn.Module) -> nn.Module:
+    """The model, or a copy that can be saved: of weights from a GGUF file transformers remembers that they were quantised, and refuses."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    for parameter, original in zip(plain.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    return plain.train(model.training)
+
+
+def silence_transformers() -> None:
+    """Its bars for a second's dequantising, and its advice on loading, would bury what a command says."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

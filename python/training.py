@@ -79,6 +79,18 @@ def read(teacher: nn.Module, input_ids: Tensor, batch_size: int, autocast: torch
     return ReadText(input_ids, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
 
 
+@torch.no_grad()
+def check_loss(student: nn.Module, text: Text, autocast: torch.dtype | None = None, **loss_options: Any) -> None:
+    """Lets the library refuse the models, or the options, on one window, rather than after minutes. Raises UserError."""
+    try:
+        input_ids, teacher = text.batch(torch.tensor([0]))
+        with casting(input_ids.device, autocast):
+            output = run_backbone(student, input_ids=input_ids)
+            distillation_loss(**output.as_student(), **teacher, labels=next_token_labels(input_ids), **loss_options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
+
+
 def optimizer_and_schedule(
     student: nn.Module, learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
