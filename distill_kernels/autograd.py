@@ -98,13 +98,13 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
     check_labels("labels", labels, problem.vocabulary)
-    with _as_it_is(problem.device):
+    with without_autocast(problem.device):
         outputs = backends.choose(problem, backend).run(problem, tensors)
     total = (coefficients * outputs.terms).sum(-1)
     return total if keeps_dz else total.sum(), *outputs
 
 
-def _as_it_is(device: torch.device):
+def without_autocast(device: torch.device):
     """Without autocast, which ops run under as their caller does: what was to be cast has been, and sums in float32 must not be."""
     return torch.autocast(device.type, enabled=False)
 
@@ -140,7 +140,7 @@ terms = torch.library.custom_op("distill_kernels::terms", _compute, mutates_args
 @torch.library.custom_op("distill_kernels::quantise", mutates_args=())
 def quantise(weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
     """Rows and scales of a head as a quantised sweep reads them: `quantised.quantise`, or what a backend has for it."""
-    with _as_it_is(weight.device):
+    with without_autocast(weight.device):
         return backends.quantise(weight, sweep)
 
 
@@ -180,7 +180,7 @@ def multiply_kept(
     saved = Saved(student_hidden, student_weight, coefficients, upstream, kept_dz, kept_columns, compacted)
     scalars = d_hidden, d_weight, column_fraction, temperature, student_logit_scale, teacher_logit_scale
     problem = _kept_problem(student_hidden, student_weight, coefficients, *scalars)
-    with _as_it_is(problem.device):
+    with without_autocast(problem.device):
         outputs = backends.choose(problem, backend).multiply_kept(problem, saved)
     return outputs.d_hidden, outputs.d_weight
 
@@ -249,14 +249,14 @@ def _backward(ctx, d_total, d_terms, *_):
         tensors = Tensors(*ctx.saved_tensors)._replace(coefficients=upstream)
         gradients = terms(*tensors, *{**ctx.scalars, "deferred": False, "stats": False}.values())[2:5]
     else:
-        gradients = [_scaled(g, upstream) if w else g for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
-    gradients = [_rounded(g, dtype) if w else None for g, dtype, w in zip(gradients, ctx.dtypes, wanted, strict=True)]
+        gradients = [scaled(g, upstream) if w else g for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+    gradients = [rounded(g, dtype) if w else None for g, dtype, w in zip(gradients, ctx.dtypes, wanted, strict=True)]
     if torch.is_grad_enabled():  # create_graph=True
-        gradients = [None if g is None else _NoSecondDerivative.apply(g, g.new_zeros((), requires_grad=True)) for g in gradients]
+        gradients = [None if g is None else without_second_derivative(g) for g in gradients]
     return *gradients, *[None] * (len(ARGUMENTS) - len(gradients))
 
 
-def _scaled(gradient, upstream):
+def scaled(gradient, upstream):
     """gradient · upstream: in place where this backward is the last that will read it, so that no second copy is ever held.
 
     A backward that keeps the graph hands out copies, even at upstream 1: the caller may overwrite what it gets. Under a tracer tensors
@@ -270,8 +270,12 @@ def _scaled(gradient, upstream):
     return gradient.mul_(upstream)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+def without_second_derivative(gradient):
     """The gradient as a function of the inputs that cannot be differentiated again: an error in place of a silent zero."""
+    return _NoSecondDerivative.apply(gradient, gradient.new_zeros((), requires_grad=True))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, anchor):
@@ -279,10 +283,10 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise NotImplementedError("distillation_loss and token_logprobs have no second derivatives: call them without create_graph=True")
+        raise NotImplementedError("losses and log-probabilities have no second derivatives here: call them without create_graph=True")
 
 
-def _rounded(gradient, dtype):
+def rounded(gradient, dtype):
     return gradient if gradient.dtype == dtype else memory.empty(*gradient.shape, like=gradient, dtype=dtype).copy_(gradient)
 
 

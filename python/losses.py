@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distill_kernels import autograd
 from distill_kernels import problem as contract
 from distill_kernels import quantised as sweeps
-from distill_kernels.api import heads
+from distill_kernels.api import heads, per_token
 from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import STUDENT_ENTROPY, resolve
 
@@ -224,10 +224,10 @@ def token_logprobs(
     contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
     contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
     valid = token_ids != ignore_index
-    token_ids = _labels("token_ids", token_ids, valid, weight.shape[0])
-    coefficients = _per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
-    tensors = _flat(hidden, weight, bias, None, None, None, token_ids, coefficients)
-    problem = _problem(
+    token_ids = per_token.marked("token_ids", token_ids, valid, weight.shape[0])
+    coefficients = per_token.per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
+    tensors = per_token.flat(hidden, weight, bias, None, None, None, token_ids, coefficients)
+    problem = per_token.problem(
         tensors,
         divergence=STUDENT_ENTROPY,
         cross_entropy=True,
@@ -270,25 +270,20 @@ def _distillation_loss(
         student_weight, teacher_weight = student_weight[:shared], teacher_weight[:shared]
         student_bias, teacher_bias = (None if bias is None else bias[:shared] for bias in (student_bias, teacher_bias))
 
-    valid = torch.ones(tokens, dtype=torch.bool, device=student_hidden.device)
+    dtype = per_token.compute_dtype(student_hidden, teacher_hidden)
+    valid, factor = per_token.factors(tokens, labels, token_weight, num_items, options, dtype, student_hidden.device)
     if labels is not None:
-        valid = labels != options["ignore_index"]
-        labels = _labels("labels", labels, valid, student_weight.shape[0])
-    factor = valid.to(_compute_dtype(student_hidden, teacher_hidden))
-    if token_weight is not None:
-        factor = factor * token_weight
-    if options["reduction"] == "mean":
-        factor = factor / (valid.sum().clamp(min=1) if num_items is None else num_items)
+        labels = per_token.marked("labels", labels, valid, student_weight.shape[0])
     if options["temperature_squared"]:
         kd = kd * options["temperature"] ** 2
-    coefficients = _per_term(factor.reshape(-1), kd, ce, z_loss)
+    coefficients = per_token.per_term(factor.reshape(-1), kd, ce, z_loss)
 
     has_teacher = kd != 0 or (stats and teacher_hidden is not None)
-    tensors = _flat(
+    tensors = per_token.flat(
         student_hidden, student_weight, student_bias,
         *((teacher_hidden, teacher_weight, teacher_bias) if has_teacher else (None, None, None)), labels, coefficients,
     )  # fmt: skip
-    problem = _problem(
+    problem = per_token.problem(
         tensors,
         divergence=resolve(options["divergence"]) if has_teacher else None,
         cross_entropy=labels is not None and (ce != 0 or stats),
@@ -358,24 +353,7 @@ def _check_tensors(
             )
         contract.shared_vocabulary(student_weight, teacher_weight, options["vocab_mismatch"])
         contract.check_teacher({"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias})
-    if labels is not None:
-        contract.check_tokens("labels", labels, tokens, (torch.int64,), "int64")
-    elif options["ce_weight"] != 0:
-        raise ValueError("ce_weight is not 0 but labels is None; pass labels (...) int64, already shifted, or ce_weight=0")
-    if token_weight is not None:
-        contract.check_tokens("token_weight", token_weight, tokens, contract.DTYPES, "a floating-point tensor")
-        if token_weight.requires_grad:
-            raise ValueError('token_weight gets no gradient; detach it, or use reduction="none" and multiply')
-    if num_items is not None:
-        if isinstance(num_items, Tensor):
-            if num_items.dim() != 0:
-                raise ValueError(f"num_items must be an int or a 0-d tensor, got a tensor of shape {tuple(num_items.shape)}")
-            if num_items.requires_grad:
-                raise ValueError("num_items gets no gradient; detach it")
-        else:
-            contract.finite_number("num_items", num_items, above=0)
-        if options["reduction"] != "mean":
-            raise ValueError(f'num_items is the normaliser of reduction="mean", but reduction is {options["reduction"]!r}')
+    per_token.check(tokens, labels, token_weight, num_items, options)
     contract.check_devices(
         {
             "student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias,
@@ -384,57 +362,3 @@ def _check_tensors(
         }
     )  # fmt: skip
     return tokens
-
-
-def _labels(name, labels, valid, vocabulary):
-    """Labels with contract.NO_LABEL where they are not valid; checked here under the caller's name, and again below if compiled."""
-    labels = torch.where(valid, labels, contract.NO_LABEL)
-    if not torch.compiler.is_compiling():
-        contract.check_labels(name, labels, vocabulary)
-    return labels
-
-
-def _compute_dtype(student_hidden, teacher_hidden):
-    return contract.compute_dtype(student_hidden.dtype, student_hidden.dtype if teacher_hidden is None else teacher_hidden.dtype)
-
-
-def _per_term(factor, kd, ce, z_loss):
-    """(N, 3): a token's factor times the weight of each of problem.TERMS."""
-    return torch.stack((factor * kd, factor * ce, factor * z_loss), -1)
-
-
-def _flat(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, coefficients):
-    """One row for each token, in autocast's dtype where that is on."""
-
-    def cast(tensor):
-        return None if tensor is None else tensor.to(contract.autocast_dtype(tensor))
-
-    def rows(tensor):
-        return None if tensor is None else cast(tensor).reshape(-1, tensor.shape[-1])
-
-    return contract.Tensors(
-        rows(student_hidden), cast(student_weight), cast(student_bias), rows(teacher_hidden), cast(teacher_weight), cast(teacher_bias),
-        None if labels is None else labels.reshape(-1), coefficients.to(_compute_dtype(student_hidden, teacher_hidden)),
-    )  # fmt: skip
-
-
-def _problem(tensors, **options) -> contract.Problem:
-    """The problem of these tensors; gradients are computed for what asks for them now."""
-    student, teacher = tensors.student_hidden, tensors.teacher_hidden
-
-    def asks(tensor):
-        return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-    return contract.Problem(
-        tokens=student.shape[0],
-        vocabulary=tensors.student_weight.shape[0],
-        student_dim=student.shape[1],
-        teacher_dim=0 if teacher is None else teacher.shape[1],
-        student_dtype=student.dtype,
-        teacher_dtype=student.dtype if teacher is None else teacher.dtype,
-        device=student.device,
-        d_hidden=asks(student),
-        d_weight=asks(tensors.student_weight),
-        d_bias=asks(tensors.student_bias),
-        **options,
-    )
