@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.heads import prepare_head
 from distill_kernels.api.losses import DistillationLoss, distillation_loss_and_stats
 from distill_kernels.api.models import next_token_labels, run_backbone, vocabulary_size
@@ -52,6 +53,8 @@ class DistillationTrainer(Trainer):
         args: transformers.TrainingArguments. label_smoothing_factor smooths the cross entropy; use_liger_kernel is refused.
         teacher_model: a causal language model with the same vocabulary. It is put into evaluation mode, its parameters get
             requires_grad=False, and it is moved to the training device, unless it has a device map; its dtype stays what it is.
+        teacher_cache: a TeacherCache of hidden states, in place of teacher_model; rows of all data sets, evaluation's included, must be in
+            it. Batches are found by their token ids, or brought by its own data set and collator: without a data_collator, its is used.
         options: those of `distillation_loss` (divergence, temperature, kd_weight, ce_weight, column_fraction, ...; kd_weight=0 needs no
             teacher) and those of transformers.Trainer (train_dataset, data_collator, callbacks, ...). Logit scales and softcaps are read
             from the models.
@@ -66,16 +69,26 @@ class DistillationTrainer(Trainer):
         >>> trainer.train()
     """
 
-    def __init__(self, model=None, args=None, *, teacher_model: nn.Module | None = None, **options):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        teacher_model: nn.Module | None = None,
+        teacher_cache: TeacherCache | None = None,
+        **options,
+    ):
         loss, trainer = _split(options)
-        if loss.get("kd_weight", 1.0) != 0 and teacher_model is None:
-            raise TypeError("teacher_model is missing; without a teacher pass kd_weight=0 and a ce_weight")
+        _check_teachers(teacher_model, teacher_cache, loss)
+        if teacher_cache is not None and trainer.get("data_collator") is None:
+            trainer["data_collator"] = teacher_cache.collate
         if args is not None and getattr(args, "use_liger_kernel", False):
             raise ValueError(
-                "use_liger_kernel replaces the student's forward and loss, but the loss is computed here from hidden states; set it to False"
+                "use_liger_kernel replaces the student's forward and loss, but here the loss is made of hidden states; set it to False"
             )
         if trainer.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func takes logits, which are not made here; options of distillation_loss say what the loss is")
+        self.teacher_cache = teacher_cache
         super().__init__(model=model, args=args, **trainer)
         _check_parallelism(self)
         if self.args.label_smoothing_factor != 0:
@@ -83,6 +96,7 @@ class DistillationTrainer(Trainer):
         self.loss_options = loss
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
+        self._check_vocabulary()
         self._teacher_head = None  # quantised, of a loss with `sweep`
         self._forwards = {reduction: _loss_as_forward(loss, reduction) for reduction in ("mean", "none")}
         self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
@@ -91,15 +105,31 @@ class DistillationTrainer(Trainer):
         trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError("teacher_model shares parameters that are trained with the student; pass a model of its own")
-        rows = vocabulary_size(self.model), vocabulary_size(teacher)
-        if rows[0] != rows[1] and self.loss_options.get("vocab_mismatch", "error") == "error":
-            raise ValueError(
-                f"the student's LM head has {rows[0]} rows but the teacher's has {rows[1]}; if the first {min(rows)} entries mean the "
-                'same tokens, pass vocab_mismatch="truncate" to compare those, renormalised'
-            )
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
         return teacher.requires_grad_(False).eval()
+
+    def _check_vocabulary(self):
+        """Also that the library knows both models."""
+        student, teacher = vocabulary_size(self.model), None
+        if self.teacher_model is not None:
+            teacher = vocabulary_size(self.teacher_model)
+        elif self.teacher_cache is not None:
+            teacher = self.teacher_cache.plan.vocabulary
+        if teacher not in (None, student) and self.loss_options.get("vocab_mismatch", "error") == "error":
+            raise ValueError(
+                f"the student's LM head has {student} rows but the teacher's has {teacher}; if the first {min(student, teacher)} entries "
+                'mean the same tokens, pass vocab_mismatch="truncate" to compare those, renormalised'
+            )
+
+    def _set_signature_columns_if_needed(self):
+        """Trainer drops columns that the student's forward does not take, unless they are named here: a cache's are of the teacher."""
+        super()._set_signature_columns_if_needed()
+        if self.teacher_cache is not None:
+            self._signature_columns += [name for name in self._cached_columns() if name not in self._signature_columns]
+
+    def _cached_columns(self) -> list[str]:
+        return ["row", *(f"teacher_{name}" for name in self.teacher_cache.plan.token_columns())]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The next batches, and the number of tokens that they are learned from: of all processes, if these are averaged over."""
@@ -130,8 +160,7 @@ class DistillationTrainer(Trainer):
         loss = rows[:, 0].sum() / rows[:, -1].sum().clamp(min=1)
         if prediction_loss_only:
             return loss, None, None
-        plain = {name: value for name, value in inputs.items() if name not in _TARGETS}
-        _, logits, _ = super().prediction_step(model, plain, False, ignore_keys)
+        _, logits, _ = super().prediction_step(model, self._student_inputs(inputs), False, ignore_keys)
         return loss, logits, inputs.get("labels")
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -151,17 +180,24 @@ class DistillationTrainer(Trainer):
     def _loss_and_rows(self, model, inputs, num_items, reduction) -> tuple[Tensor, Tensor]:
         """The loss, () or of each token (B, S), and sums over tokens of METRICS and their number, (B, 6): by the forward of `model`."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        batch = {name: value for name, value in inputs.items() if name not in _TARGETS}
+        batch = self._student_inputs(inputs)
         with self.accelerator.autocast():
-            teacher = self._teacher_output(batch)
+            teacher = self._teacher_output(inputs, batch)
             with forward_replaced(student, self._forwards[reduction]):
                 return model(batch=batch, teacher=teacher, labels=_targets(inputs), num_items=num_items)
 
+    def _student_inputs(self, inputs) -> dict[str, Any]:
+        left_out = (*_TARGETS, *(self._cached_columns() if self.teacher_cache is not None else ()))
+        return {name: value for name, value in inputs.items() if name not in left_out}
+
     @torch.no_grad()
-    def _teacher_output(self, batch) -> dict[str, Any]:
-        if self.teacher_model is None:
+    def _teacher_output(self, inputs, batch) -> dict[str, Any]:
+        if self.teacher_model is not None:
+            output = run_backbone(self.teacher_model, **batch).as_teacher()
+        elif self.teacher_cache is not None:
+            output = self.teacher_cache.teacher_output(inputs).as_teacher()
+        else:
             return {"teacher_hidden": None, "teacher_weight": None}
-        output = run_backbone(self.teacher_model, **batch).as_teacher()
         if self.loss_options.get("sweep") is not None:
             if self._teacher_head is None:
                 self._teacher_head = prepare_head(output["teacher_weight"])
@@ -169,7 +205,7 @@ class DistillationTrainer(Trainer):
         return output
 
     def _named(self, means: list[float], names) -> dict[str, float]:
-        has_teacher = self.teacher_model is not None
+        has_teacher = self.teacher_model is not None or self.teacher_cache is not None
         return {name: mean for name, mean in zip(names, means, strict=False) if has_teacher or name not in _OF_A_TEACHER}
 
 
@@ -220,7 +256,7 @@ class _TokenMeans:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, accelerator=None) -> list[float]:
-        """Means of all columns but the last since the last call, over all processes if an accelerator is given; none if nothing was added."""
+        """Means, since the last call, of all columns but the last, over all processes if an accelerator is given; [] if there were none."""
         sums, self.sums = self.sums, None
         if sums is None:
             return []
@@ -260,6 +296,17 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     except TypeError as error:
         raise TypeError(f"options of DistillationTrainer that are not of transformers.Trainer are the loss's: {error}") from error
     return loss, trainer
+
+
+def _check_teachers(model: nn.Module | None, cache: TeacherCache | None, loss: dict[str, Any]):
+    if model is not None and cache is not None:
+        raise TypeError("teacher_model and teacher_cache were both passed; wanted one teacher")
+    if model is None and cache is None and loss.get("kd_weight", 1.0) != 0:
+        raise TypeError("teacher_model and teacher_cache are missing; without a teacher pass kd_weight=0 and a ce_weight")
+    if cache is not None and cache.plan.kind != "hidden":
+        raise ValueError(
+            f"teacher_cache is of the kind {cache.plan.kind!r}, wanted one of hidden states, which have the whole distribution"
+        )
 
 
 def _smooth(loss: dict[str, Any], factor: float):
