@@ -23,6 +23,15 @@ class _TRLMixin:
     _replaced = ""  # the method's name
     _parameters: tuple[str, ...] = ()  # and its parameters, by which a trl that computes its loss elsewhere is told
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # A trainer in front would never call what is behind it, and would train on its own loss without a word.
+        for base in cls.__mro__[: cls.__mro__.index(_TRLMixin)]:
+            if "_trainer" in vars(base):
+                break
+            if (base.__name__, base.__module__.partition(".")[0]) == (cls._trainer, "trl"):
+                raise TypeError(f"{cls.__name__} has {base.__name__} before the mix-in, wanted the mix-in first")
+
     def __init__(self, *args: Any, **kwargs: Any):
         self._check_class()
         super().__init__(*args, **kwargs)
