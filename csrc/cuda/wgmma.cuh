@@ -4,39 +4,52 @@
 // parts of row r lie at part ^ (r % 8), as the copy engine puts them there with a swizzle of 128 bytes.
 #pragma once
 
-#include "../params.h"
 #include "mma.cuh"
 
-namespace distill_kernels {
+namespace distill_kernels::cuda {
 
 constexpr int kWgmmaRows = 64, kWgmmaColumns = 128, kWgmmaDepth = 16;
 constexpr int kWgmmaFragments = kWgmmaColumns / 8;
 
-// Where a tile begins, in sixteens of bytes; rows 8 further on lie 1024 bytes further on; swizzled by 128 bytes. What lies `elements` of 16
-// bits further on in every row of the tile is the operand with elements / 8 added to the descriptor.
-__device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
-  return uint64_t((shared_address(tile) & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+#ifdef DK_EMULATED
+DK_DEVICE uint32_t shared_address(const void* of) { return emulation::shared_offset(of); }
+#endif
+
+// Where a tile begins, in sixteens of bytes; rows 8 further on lie 1024 bytes further on; swizzled by 128 bytes. What lies n elements
+// further on in every row of the tile is the operand whose descriptor is n / 8 more.
+DK_DEVICE uint64_t tile_descriptor(const void* tile) {
+  return uint64_t((shared_address(tile) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-#ifdef __CUDACC__
+// Of as many threads of the block as are named, all of whole warps.
+template <int THREADS>
+DK_DEVICE void barrier_of_threads() {
+#ifdef DK_EMULATED
+  emulation::barrier(1, THREADS, __LINE__);
+#else
+  asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
+#endif
+}
+
+#ifndef DK_EMULATED
 
 // Before the first product that adds to registers which the threads have touched since.
-__device__ __forceinline__ void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DK_DEVICE void fence_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DK_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most PENDING groups of products are on their way.
 template <int PENDING>
-__device__ __forceinline__ void wait_for_products() {
+DK_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
 // Registers of each thread of a group of four warps from here on. All of a branch by which the roles of the groups part.
 template <int COUNT>
-__device__ __forceinline__ void fewer_registers() {
+DK_DEVICE void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
-__device__ __forceinline__ void more_registers() {
+DK_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
@@ -55,7 +68,7 @@ __device__ __forceinline__ void more_registers() {
 // sums = (adds ? sums : 0) + a · bᵀ: 64 rows of a, 128 rows of b, 16 elements of each. Of the sums a thread has rows lane / 4 and
 // lane / 4 + 8 of its warp's 16.
 template <Element ELEMENT>
-__device__ __forceinline__ void multiply_tiles(Fragment (&sums)[kWgmmaFragments], uint64_t a, uint64_t b, bool adds) {
+DK_DEVICE void multiply_tiles(Fragment (&sums)[kWgmmaFragments], uint64_t a, uint64_t b, bool adds) {
   static_assert(ELEMENT == Element::kBfloat16 || ELEMENT == Element::kFloat16, "elements of 16 bits");
   if constexpr (ELEMENT == Element::kBfloat16) {
     DK_WGMMA("bf16");
@@ -67,7 +80,22 @@ __device__ __forceinline__ void multiply_tiles(Fragment (&sums)[kWgmmaFragments]
 #undef DK_SUMS
 
 #else
-#include "hopper_products.inc"
+
+DK_DEVICE void fence_sums() { emulation::fence_products(); }
+DK_DEVICE void commit_products() { emulation::commit_products(); }
+template <int PENDING>
+DK_DEVICE void wait_for_products() {
+  emulation::wait_for_products(PENDING);
+}
+template <int COUNT>
+DK_DEVICE void fewer_registers() {}
+template <int COUNT>
+DK_DEVICE void more_registers() {}
+template <Element ELEMENT>
+DK_DEVICE void multiply_tiles(Fragment (&sums)[kWgmmaFragments], uint64_t a, uint64_t b, bool adds) {
+  emulation::put_off(sums, a, b, adds, ELEMENT == Element::kBfloat16);
+}
+
 #endif
 
-}  // namespace distill_kernels
+}  // namespace distill_kernels::cuda
