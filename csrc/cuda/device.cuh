@@ -55,6 +55,17 @@ DK_DEVICE T shuffle_xor(const T& value, int lanes) {
   return other;
 }
 
+// Two numbers rounded to 16 bits, the first in the lower half.
+template <class T>
+DK_DEVICE uint32_t both(T low, T high) {
+  uint16_t bits[2];
+  memcpy(&bits[0], &low, 2);
+  memcpy(&bits[1], &high, 2);
+  return uint32_t(bits[1]) << 16 | bits[0];
+}
+DK_DEVICE uint32_t pair_bfloat16(float low, float high) { return both(__float2bfloat16_rn(low), __float2bfloat16_rn(high)); }
+DK_DEVICE uint32_t pair_float16(float low, float high) { return both(__float2half_rn(low), __float2half_rn(high)); }
+
 // A cluster's blocks read each other's shared memory. Before compute capability 9.0 every block is a cluster of its own.
 DK_DEVICE unsigned cluster_rank() {
 #ifdef DK_EMULATED
@@ -109,7 +120,7 @@ DK_DEVICE const T* shared_of(const T* mine, unsigned rank) {
 
 // A grid in clusters of `cluster` blocks along x. Throws std::runtime_error with the device's own words.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, unsigned cluster, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
+void launch(void (*kernel)(P...), dim3 grid, unsigned cluster, dim3 block, size_t shared_bytes, void* stream, const A&... arguments) {
 #ifdef DK_EMULATED
   (void)stream;
   emulation::launch(kernel, grid, cluster, block, shared_bytes, arguments...);
@@ -129,7 +140,7 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned cluster, dim3 block, size_
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, P(arguments)...), "launch of a kernel");

@@ -9,6 +9,7 @@
 // issued or as late as they may: what a program reads too early, or overwrites too early, is wrong in one of them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,7 +48,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-using cudaStream_t = void*;
+using std::max;
+using std::min;
 
 struct __nv_bfloat16 {
   uint16_t bits;
