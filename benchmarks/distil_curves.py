@@ -67,7 +67,8 @@ def prepare(seeds):
     orders = [corpus.epochs(len(train), BATCH, STEPS, torch.Generator().manual_seed(seed)) for seed in seeds]
     used, places = torch.cat(orders).unique(return_inverse=True)
     some = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
-    return student, training.read(teacher, train[used], BATCH), training.read(teacher, some, BATCH), places.chunk(len(seeds))
+    texts = [training.read(training.TaughtText(ids, model=teacher), BATCH) for ids in (train[used], some)]
+    return student, *texts, places.chunk(len(seeds))
 
 
 def trained_pair():
@@ -89,7 +90,7 @@ def trained_pairs():
         if step in PAIRS_AT:
             with torch.no_grad():
                 learned = [run_backbone(student.eval(), input_ids=ids) for ids in held_out.input_ids.split(BATCH)]
-            pair = torch.cat([x.hidden for x in learned]), learned[0].weight, held_out.teacher.hidden, held_out.teacher.weight
+            pair = torch.cat([x.hidden for x in learned]), learned[0].weight, held_out.output.hidden, held_out.output.weight
             pairs[step] = [tensor.detach().clone().flatten(0, -2) for tensor in pair]
             student.train()
 

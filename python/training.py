@@ -1,7 +1,7 @@
 """The training loop: optimizer steps over windows of text, and how close the student comes to the teacher on held-out ones.
 
-A text is anything with `input_ids` (n, S) and `batch(rows)`: the windows of these rows, on the device of the loss, and what the loss has
-to know of the teacher there. The teacher reads along (`TaughtText`), has read everything before (`ReadText`), or is absent (`PlainText`).
+What is read is a `Text`: the teacher reads along (`TaughtText`), has read everything before (`ReadText`, `CachedText`), or is absent
+(`PlainText`).
 """
 
 import contextlib
@@ -13,19 +13,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distill_kernels.api.cache.reading import TeacherCache
+from distill_kernels.api.heads import prepare_head
 from distill_kernels.api.losses import distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.user_error import UserError
 
-Batch = tuple[Tensor, dict[str, Any]]  # input_ids (B, S), and the loss's keyword arguments of the teacher
 SHOWN = {"kl": "held-out KL {:.3f}", "perplexity": "held-out perplexity {:.1f}"}  # beside a progress bar
-NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
+Inputs = dict[str, Tensor]  # of run_backbone: input_ids (B, S) int64, and attention_mask (B, S) where rows are padded
 
 
 class Text(Protocol):
-    input_ids: Tensor  # (n, S) int64
+    """Rows of token ids, and what the loss has to know of the teacher there; both on the device of the loss."""
 
-    def batch(self, rows: Tensor) -> Batch: ...
+    def __len__(self) -> int: ...
+
+    def inputs(self, rows: Tensor) -> Inputs: ...
+
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        """The loss's keyword arguments for the rows of which `inputs` are."""
 
 
 @dataclass(frozen=True)
@@ -35,71 +41,111 @@ class PlainText:
     input_ids: Tensor  # (n, S) int64
     device: str | torch.device = "cpu"
 
-    def batch(self, rows: Tensor) -> Batch:
-        return self.input_ids[rows].to(self.device), NO_TEACHER
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def inputs(self, rows: Tensor) -> Inputs:
+        return {"input_ids": self.input_ids[rows].to(self.device)}
+
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        return {"teacher_hidden": None, "teacher_weight": None}
 
 
 @dataclass(frozen=True)
-class TaughtText:
+class TaughtText(PlainText):
     """Windows of text that the teacher reads whenever the student does."""
 
-    input_ids: Tensor  # (n, S) int64
-    teacher: nn.Module
+    model: nn.Module = None
     autocast: torch.dtype | None = None
 
     @torch.no_grad()
-    def batch(self, rows: Tensor) -> Batch:
-        input_ids = self.input_ids[rows].to(self.teacher.device)
-        with casting(self.teacher.device, self.autocast):
-            return input_ids, run_backbone(self.teacher, input_ids=input_ids).as_teacher()
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        with casting(self.model.device, self.autocast):
+            return run_backbone(self.model, **inputs).as_teacher()
 
 
 @dataclass(frozen=True)
-class ReadText:
+class ReadText(PlainText):
     """Windows of text, and the states in which the teacher read them: its whole distribution, for the price of a matrix."""
 
-    input_ids: Tensor  # (n, S) int64
-    teacher: BackboneOutput  # hidden (n, S, D_t), on the CPU; the head where the loss runs
+    output: BackboneOutput = None  # hidden (n, S, D_t), on the CPU; the head where the loss runs
 
-    def batch(self, rows: Tensor) -> Batch:
-        device = self.teacher.weight.device
-        hidden = self.teacher.hidden[rows].to(device)
-        return self.input_ids[rows].to(device), {**self.teacher.as_teacher(), "teacher_hidden": hidden}
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        return {**self.output.as_teacher(), "teacher_hidden": self.output.hidden[rows].to(self.device)}
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """Rows of a teacher cache, of hidden states."""
+
+    cache: TeacherCache
+    numbers: Tensor  # (n,) int64, of the rows
+    device: str | torch.device = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def inputs(self, rows: Tensor) -> Inputs:
+        batch = self.cache.collate([self.cache.row(number) for number in self.numbers[rows].tolist()])
+        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        return self.cache.teacher_output({**inputs, "row": self.numbers[rows]}).as_teacher()
+
+
+class PreparedText:
+    """A text whose teacher's head is quantised once, for losses with a sweep."""
+
+    def __init__(self, text: Text):
+        self.text, self.head = text, None
+        self.inputs = text.inputs
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
+        teacher = self.text.teacher(rows, inputs)
+        if self.head is None:
+            self.head = prepare_head(teacher["teacher_weight"])
+        return {**teacher, "teacher_weight": self.head}
 
 
 @torch.no_grad()
-def read(teacher: nn.Module, input_ids: Tensor, batch_size: int, autocast: torch.dtype | None = None) -> ReadText:
-    """Runs the teacher over input_ids (n, S), a batch at a time."""
+def read(text: TaughtText, batch_size: int) -> ReadText:
+    """Runs the teacher over the text, a batch at a time."""
     outputs = []
-    for batch in progress(input_ids.split(batch_size), "teacher reads the text"):
-        with casting(teacher.device, autocast):
-            output = run_backbone(teacher, input_ids=batch.to(teacher.device))
+    for rows in progress(torch.arange(len(text)).split(batch_size), "teacher reads the text"):
+        with casting(text.model.device, text.autocast):
+            output = run_backbone(text.model, **text.inputs(rows))
         outputs.append(BackboneOutput(**{**vars(output), "hidden": output.hidden.cpu()}))
     hidden = torch.cat([output.hidden for output in outputs])
-    return ReadText(input_ids, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
+    return ReadText(text.input_ids, text.device, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
 
 
 @torch.no_grad()
 def check_loss(student: nn.Module, text: Text, autocast: torch.dtype | None = None, **loss_options: Any) -> None:
     """Lets the library refuse the models, or the options, on one window, rather than after minutes. Raises UserError."""
     try:
-        input_ids, teacher = text.batch(torch.tensor([0]))
-        with casting(input_ids.device, autocast):
-            output = run_backbone(student, input_ids=input_ids)
-            distillation_loss(**output.as_student(), **teacher, labels=next_token_labels(input_ids), **loss_options)
+        row = torch.tensor([0])
+        inputs = text.inputs(row)
+        teacher = text.teacher(row, inputs)
+        with casting(inputs["input_ids"].device, autocast):
+            output = run_backbone(student, **inputs)
+            distillation_loss(**output.as_student(), **teacher, labels=next_token_labels(**inputs), **loss_options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
 
 
 def optimizer_and_schedule(
-    student: nn.Module, learning_rate: float, steps: int
+    student: nn.Module, learning_rate: float, steps: int, done: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, its learning rate rising for a tenth of the steps and falling to a tenth of its peak."""
+    """AdamW, its learning rate rising for a tenth of the steps and falling to a tenth of its peak; `done` of the steps are behind."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": trained, "initial_lr": learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.1 + 0.9 * (1 - step / steps))
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.1 + 0.9 * (1 - step / steps)), last_epoch=done - 1
     )
     return optimizer, schedule
 
@@ -120,13 +166,15 @@ def train(
     at_once: windows that are held at a time, None for all of a step's; the gradients of a step are those of all its windows together.
     """
     for rows in order:
-        num_items = int((next_token_labels(text.input_ids[rows]) != -100).sum())
+        inputs = text.inputs(rows)
+        num_items = int((next_token_labels(**inputs) != -100).sum())
         total = 0.0
-        for part in rows.split(at_once or len(rows)):
-            input_ids, teacher = text.batch(part)
-            with casting(input_ids.device, autocast):
-                output = run_backbone(student, input_ids=input_ids)
-                labels = next_token_labels(input_ids)
+        for part in torch.arange(len(rows)).split(at_once or len(rows)):
+            some = {name: tensor[part] for name, tensor in inputs.items()}
+            teacher = text.teacher(rows[part], some)
+            with casting(some["input_ids"].device, autocast):
+                output = run_backbone(student, **some)
+                labels = next_token_labels(**some)
                 loss = distillation_loss(**output.as_student(), **teacher, labels=labels, num_items=num_items, **loss_options)
             loss.backward()
             total += loss.detach()
@@ -191,30 +239,33 @@ def evaluate(
     """
 
     def batches():
-        for rows in torch.arange(len(text.input_ids)).split(batch_size):
-            input_ids, teacher = text.batch(rows)
-            with casting(input_ids.device, autocast):
-                yield run_backbone(student, input_ids=input_ids).as_student(), input_ids, teacher
+        for rows in torch.arange(len(text)).split(batch_size):
+            inputs = text.inputs(rows)
+            yield inputs, run_backbone(student, **inputs).as_student(), text.teacher(rows, inputs)
 
-    return _evaluate(batches(), vocab_mismatch)
+    with casting(student.device, autocast):
+        return _evaluate(batches(), vocab_mismatch)
 
 
 @torch.no_grad()
 def evaluate_teacher(text: Text, batch_size: int) -> dict[str, float]:
     """The teacher as its own student: perplexity is what it is for, and the rest says how exact `evaluate` is."""
-    batches = map(text.batch, torch.arange(len(text.input_ids)).split(batch_size))
-    return _evaluate(
-        ({name.replace("teacher", "student"): value for name, value in teacher.items()}, input_ids, teacher)
-        for input_ids, teacher in batches
-    )
+
+    def batches():
+        for rows in torch.arange(len(text)).split(batch_size):
+            inputs = text.inputs(rows)
+            teacher = text.teacher(rows, inputs)
+            yield inputs, {name.replace("teacher", "student"): value for name, value in teacher.items()}, teacher
+
+    return _evaluate(batches())
 
 
 def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
     totals = dict.fromkeys(("divergence", "top1_agreement", "cross_entropy", "valid"), 0.0)
-    for student, input_ids, teacher in batches:
-        kd_weight = 1.0 if teacher["teacher_hidden"] is not None else 0.0
+    for inputs, student, teacher in batches:
+        kd_weight = 0.0 if teacher["teacher_hidden"] is None else 1.0
         _, stats = distillation_loss_and_stats(
-            **student, **teacher, labels=next_token_labels(input_ids), kd_weight=kd_weight, vocab_mismatch=vocab_mismatch
+            **student, **teacher, labels=next_token_labels(**inputs), kd_weight=kd_weight, vocab_mismatch=vocab_mismatch
         )
         for name in totals:
             totals[name] += getattr(stats, name).sum().item()

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from distill_kernels.api import corpus, curves, demo_benchmark, demo_report, initial_models
+from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models, training_report
 from distill_kernels.api.command_line import main
 from distill_kernels.api.user_error import UserError
 
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_old_report(finished, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(curves, "plot", full)
+    monkeypatch.setattr(training_report, "plot", full)
     with pytest.raises(UserError, match="No space left"):
         demo_report.write(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"] and (tmp_path / "demo.json").read_text() == "old"

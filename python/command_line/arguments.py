@@ -1,11 +1,14 @@
 """What the parsers of the commands share: their look, and the types and names of arguments."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Collection
 
 import torch
 
 from distill_kernels import divergences, problem
+from distill_kernels.api.losses import SIGNATURE
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in problem.DTYPES}
 
@@ -35,6 +38,66 @@ def add_command(
     )
     parser.set_defaults(run=run, if_interrupted=if_interrupted)
     return parser
+
+
+def add_loss_options(parser: Parser, leave_out: Collection[str] = ()) -> None:
+    """Options of distillation_loss by their own names, with its own defaults."""
+    group = parser.add_argument_group("the loss", "as in help(distill_kernels.distillation_loss)")
+    for name, (kind, words) in LOSS_OPTIONS.items():
+        if name in leave_out:
+            continue
+        default, flag = SIGNATURE.parameters[name].default, name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(f"--no-{flag}", dest=name, action="store_false", help=words)
+        else:
+            shown = f"{words}; default: {'none' if default is None else default}"
+            group.add_argument(f"--{flag}", type=kind, metavar={int: "INT", str: "NAME", divergence: "NAME"}.get(kind, "FLOAT"), help=shown)
+
+
+def loss_options(given: argparse.Namespace) -> dict:
+    """Those that were given."""
+    return {name: value for name, value in vars(given).items() if name in LOSS_OPTIONS}
+
+
+def divergence(text: str) -> divergences.Divergence:
+    """`NAME` or `NAME(parameter=number, ...)`."""
+    name, parenthesis, inside = text.strip().partition("(")
+    try:
+        if not parenthesis:
+            return divergences.resolve(name)
+        if name not in divergences.FAMILIES or not inside.endswith(")"):
+            raise ValueError(f"no divergence {text!r}; there are {', '.join(sorted(divergences.FAMILIES))}")
+        pairs = [pair.partition("=") for pair in inside[:-1].split(",") if pair.strip()]
+        return divergences.FAMILIES[name](**{key.strip(): float(value) for key, _, value in pairs})
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def fraction(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def speaking_json(wanted: bool):
+    """What is printed within goes to stderr, if stdout is for JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+
+
+LOSS_OPTIONS = {
+    "divergence": (divergence, "a name, or for instance 'jensen_shannon(beta=0.1)'"),
+    "temperature": (float, "of both distributions of the divergence"),
+    "temperature_squared": (bool, "do not multiply the divergence by temperature²"),
+    "kd_weight": (float, "of the divergence"),
+    "ce_weight": (float, "of the cross entropy of the text"),
+    "z_loss_weight": (float, "of the squared log-sum-exp"),
+    "label_smoothing": (float, "of the cross entropy"),
+    "vocab_mismatch": (str, "'truncate': compare the shared prefix of vocabularies of different size"),
+    "column_fraction": (fraction, "of the vocabulary that the gradient products go over, or 'auto'"),
+    "gradient_tolerance": (float, "relative error of the gradients, with --column-fraction auto"),
+    "sweep": (str, "'int8' or 'fp8': logits from 8-bit products, corrected by those columns"),
+    "sweep_tolerance": (float, "standard error, in nats, above which a sweep's sums are made exactly"),
+    "backend": (str, "one of those that `distill-kernels doctor` lists"),
+    "workspace_mib": (int, "memory for logits, MiB"),
+}
 
 
 def device(name: str) -> torch.device:

@@ -1,10 +1,24 @@
-"""The picture of training runs: loss and held-out quantities over the steps."""
+"""Training runs, told: a table of held-out quantities, and a picture of loss and quantities over the steps."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+KL, AGREEMENT = "KL(teacher‖student)", "top-1 agreement"
 COLOURS = ("#1b6ca8", "#d1752b", "#4b8b3b", "#8a4fa3")
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Quantities of `training.evaluate` by title; KL and agreement only if all rows have them."""
+    taught = all("kl" in row for row in rows.values())
+    lines = [f"{'held-out text':28}{f'{KL:>22}{AGREEMENT:>18}' if taught else ''}{'perplexity':>14}"]
+    for title, row in rows.items():
+        closeness = ""
+        if taught:
+            kl, agreement = f"{row['kl']:.3f} nats/token", f"{100 * row['top1_agreement']:.1f} %"
+            closeness = f"{kl:>22}{agreement:>18}"
+        lines.append(f"{title:28}{closeness}{row['perplexity']:>14,.1f}")
+    return "\n".join(lines)
 
 
 def plot(
