@@ -29,7 +29,7 @@ template <class T>
 DK_DEVICE T load(const T* from) {
 #ifdef DK_EMULATED
   if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) throw emulation::Error("an unaligned read of " + std::to_string(sizeof(T)) + " bytes");
-  emulation::traffic().read += sizeof(T);
+  emulation::count_traffic(sizeof(T), 0);
 #endif
   return *from;
 }
@@ -37,7 +37,7 @@ template <class T>
 DK_DEVICE void store(T* to, T value) {
 #ifdef DK_EMULATED
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) throw emulation::Error("an unaligned write of " + std::to_string(sizeof(T)) + " bytes");
-  emulation::traffic().written += sizeof(T);
+  emulation::count_traffic(0, sizeof(T));
 #endif
   *to = value;
 }

@@ -109,6 +109,7 @@ struct Traffic {
   uint64_t read, written;  // bytes that kernels asked of global memory
 };
 Traffic& traffic();
+void count_traffic(uint64_t read, uint64_t written);
 
 // Barrier `id` of the block for `threads` of its threads (0: all); `site` of all of them has to be the same.
 void barrier(unsigned id, unsigned threads, int site);

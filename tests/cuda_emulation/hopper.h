@@ -26,7 +26,6 @@ void make_barrier(uint64_t* barrier, unsigned arrivals);
 void publish_barriers();
 void arrive(uint64_t* barrier, unsigned rank, uint32_t expected_bytes);
 void complete(uint64_t* barrier, unsigned rank, uint32_t bytes);
-bool phase_has_ended(const uint64_t* barrier, uint32_t parity);
 
 struct BoxCopy {
   const TensorMap* map;
@@ -37,9 +36,8 @@ struct BoxCopy {
 };
 void check_copy(const BoxCopy& copy);
 void put_off(const BoxCopy& copy);
-// One that was put off and that a barrier, at an offset of shared memory, of a block waits for.
-bool take_copy(uint32_t barrier, unsigned rank, BoxCopy* copy);
-bool has_copy(uint32_t barrier, unsigned rank);
+// One that was put off and that a barrier of this block waits for; false once the barrier's phase of this parity has ended.
+bool next_copy(const uint64_t* barrier, uint32_t parity, BoxCopy* copy);
 
 // By whoever comes to it, so that a race detector sees what is read and written.
 inline void perform(const BoxCopy& copy) {
@@ -70,24 +68,8 @@ inline void copy_box(void* to, const TensorMap* map, int element, int row, uint6
 }
 
 inline void wait_for_phase(const uint64_t* barrier, uint32_t parity) {
-  struct Awaited {
-    const uint64_t* barrier;
-    uint32_t parity, offset, rank;
-  };
-  const Awaited awaited{barrier, parity, shared_offset(barrier), cluster_rank()};
-  while (!phase_has_ended(barrier, parity)) {
-    BoxCopy copy;
-    if (take_copy(awaited.offset, awaited.rank, &copy)) {
-      perform(copy);
-      continue;
-    }
-    wait(
-        [](const void* state) {
-          const auto* which = static_cast<const Awaited*>(state);
-          return phase_has_ended(which->barrier, which->parity) || has_copy(which->offset, which->rank);
-        },
-        &awaited, parity ? "a barrier's phase of parity 1" : "a barrier's phase of parity 0");
-  }
+  BoxCopy copy;
+  while (next_copy(barrier, parity, &copy)) perform(copy);
   acquire(barrier);
 }
 

@@ -46,7 +46,7 @@ inline void perform(const Copy& copy) {
 inline void cp_async(void* to, const void* from, unsigned bytes, unsigned read) {
   if (bytes != 4 && bytes != 8 && bytes != 16) throw Error("cp.async of " + std::to_string(bytes) + " bytes");
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) throw Error("cp.async of an unaligned address");
-  traffic().read += read;
+  count_traffic(read, 0);
   const Copy copy{to, from, bytes, read, copy_group()};
   if (copies_are_late()) copies().push_back(copy);
   else perform(copy);

@@ -322,6 +322,10 @@ std::vector<Copy>& copies() { return me().copies; }
 unsigned& copy_group() { return me().group; }
 uint64_t switches() { return switch_count; }
 Traffic& traffic() { return bytes; }
+void count_traffic(uint64_t read, uint64_t written) {
+  bytes.read += read;
+  bytes.written += written;
+}
 
 #ifdef EMULATION_TSAN
 void release(const void* tag) { __tsan_release(const_cast<void*>(tag)); }
