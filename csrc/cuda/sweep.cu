@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const __grid_c
   if (!counted) {
     write_no_terms(token, loss);
   } else if (!merged_token.clamped) {
-    const int label = loss.labels == nullptr ? -1 : int(load(loss.labels + token));
-    write_terms(token, merged_token, no_totals(), finish<Divergence>(merged_token, no_totals(), coefficients, label, loss), loss);
+    const Factors factors = finish<Divergence>(merged_token, no_totals(), coefficients, label_of(loss, token), loss);
+    write_terms(token, merged_token, no_totals(), factors, loss);
   }
 }
 
@@ -67,13 +67,14 @@ __global__ void __launch_bounds__(kMergeThreads) finish_totals(const __grid_cons
   const TakesTotals<Divergence> takes{sweep, divergence};
   const Totals totals = whole(merge_splits(takes, token));
   if (threadIdx.x % 32 != 0) return;
-  const int label = loss.labels == nullptr ? -1 : int(load(loss.labels + token));
   const Merged merged_token = sweep.merged[token];
-  write_terms(token, merged_token, totals, finish<Divergence>(merged_token, totals, loss.coefficients + token * kTerms, label, loss), loss);
+  const float* const coefficients = loss.coefficients + token * kTerms;
+  const Factors factors = finish<Divergence>(merged_token, totals, coefficients, label_of(loss, token), loss);
+  write_terms(token, merged_token, totals, factors, loss);
 }
 
 template <class Divergence>
-void sweep_as(const Sweep& sweep, Instructions instructions, int cluster, cudaStream_t stream, const Divergence& divergence) {
+void sweep_as(const Sweep& sweep, Instructions instructions, int cluster, void* stream, const Divergence& divergence) {
   const auto pass = [&](auto launch_mma_pass, auto launch_wgmma_pass) {
     if (instructions == Instructions::kMma) {
       launch_mma_pass(sweep, divergence, stream);
@@ -108,11 +109,10 @@ void sweep(Sweep sweep, void* workspace, int divergence, const float* parameters
   sweep.totals = reinterpret_cast<SweptTotals*>(sweep.statistics + partial);
   sweep.merged = reinterpret_cast<Merged*>(sweep.totals + partial);
   if (sweep.loss.tokens == 0) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (divergence < 0) return sweep_as(sweep, instructions, cluster, on, no_divergence{});
+  if (divergence < 0) return sweep_as(sweep, instructions, cluster, stream, no_divergence{});
   int index = 0;
 #define DK_TRY(NAME) \
-  if (divergence == index++) return sweep_if_one_pass<NAME>(#NAME, parameters, sweep, instructions, cluster, on);
+  if (divergence == index++) return sweep_if_one_pass<NAME>(#NAME, parameters, sweep, instructions, cluster, stream);
   DK_FOR_EACH_DIVERGENCE(DK_TRY)
 #undef DK_TRY
   throw std::invalid_argument("no divergence has the index " + std::to_string(divergence));

@@ -169,6 +169,12 @@ DK_DEVICE bool wanted(const Takes& takes, int64_t first_token, int rows) {
   return __any_sync(kAllLanes, any);
 }
 
+// Negative: there is none. What stands for none does not fit an int.
+DK_DEVICE int label_of(const Loss& loss, int64_t token) {
+  const int64_t label = loss.labels == nullptr ? -1 : load(loss.labels + token);
+  return label < 0 ? -1 : int(label);
+}
+
 // The products of one model, as they came, into what the threads have them for.
 template <class Parts, class Takes>
 DK_DEVICE void take_tile(
@@ -181,7 +187,7 @@ DK_DEVICE void take_tile(
   for (int turn = 0; turn < Parts::kRowsOfThread * Parts::kGroupsOfRow; ++turn) {
     const int row = turn / Parts::kGroupsOfRow, group = turn % Parts::kGroupsOfRow;
     const int64_t token = place.first_token + Parts::row(thread, row);
-    const int label = loss.labels != nullptr && token < loss.tokens ? int(load(loss.labels + token)) : -1;
+    const int label = token < loss.tokens ? label_of(loss, token) : -1;
     const auto entry = [&](int i) { return at + Parts::entry(thread, group * kTakenEntries + i); };
     const auto select = [turn](const typename Parts::Logits& logits, int i) {
       float selected = 0.0f;

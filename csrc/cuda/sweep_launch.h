@@ -16,9 +16,9 @@ struct TakesTotals;
 
 // One pass over the heads; see sweep.cuh for what a pass takes.
 template <template <class> class Takes, class Divergence>
-void launch_mma(const Sweep& sweep, const Divergence& divergence, cudaStream_t stream);
+void launch_mma(const Sweep& sweep, const Divergence& divergence, void* stream);
 
 template <template <class> class Takes, class Divergence>
-void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, cudaStream_t stream);
+void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, void* stream);
 
 }  // namespace distill_kernels::cuda

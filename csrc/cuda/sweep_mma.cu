@@ -134,15 +134,15 @@ __global__ void __launch_bounds__(MmaParts::kThreads, 1) sweep_mma(const __grid_
 }  // namespace
 
 template <template <class> class Takes, class Divergence>
-void launch_mma(const Sweep& sweep, const Divergence& divergence, cudaStream_t stream) {
+void launch_mma(const Sweep& sweep, const Divergence& divergence, void* stream) {
   const int64_t blocks = (sweep.loss.tokens + kSweepRows - 1) / kSweepRows;
   const size_t bytes = kStages * kStageBytes + OwnSums<MmaParts, typename Takes<Divergence>::Kept>::kBytes;
   launch(sweep_mma<Takes, Divergence>, dim3(unsigned(blocks * sweep.splits)), 1, dim3(MmaParts::kThreads), bytes, stream, sweep, divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                          \
-  template void launch_mma<TakesStatistics, DIVERGENCE>(const Sweep&, const DIVERGENCE&, cudaStream_t); \
-  template void launch_mma<TakesTotals, DIVERGENCE>(const Sweep&, const DIVERGENCE&, cudaStream_t);
+  template void launch_mma<TakesStatistics, DIVERGENCE>(const Sweep&, const DIVERGENCE&, void*); \
+  template void launch_mma<TakesTotals, DIVERGENCE>(const Sweep&, const DIVERGENCE&, void*);
 DK_FOR_EACH_SWEPT(DK_LAUNCHES)
 
 }  // namespace distill_kernels::cuda

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 template <template <class> class Takes, class Divergence>
-void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, cudaStream_t stream) {
+void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, void* stream) {
   const auto maps = [&](const Multiplied& model) {
     Maps both{};
     if (model.dim == 0) return both;
@@ -171,8 +171,8 @@ void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster,
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                                 \
-  template void launch_wgmma<TakesStatistics, DIVERGENCE>(const Sweep&, const DIVERGENCE&, int, cudaStream_t); \
-  template void launch_wgmma<TakesTotals, DIVERGENCE>(const Sweep&, const DIVERGENCE&, int, cudaStream_t);
+  template void launch_wgmma<TakesStatistics, DIVERGENCE>(const Sweep&, const DIVERGENCE&, int, void*); \
+  template void launch_wgmma<TakesTotals, DIVERGENCE>(const Sweep&, const DIVERGENCE&, int, void*);
 DK_FOR_EACH_SWEPT(DK_LAUNCHES)
 
 }  // namespace distill_kernels::cuda
