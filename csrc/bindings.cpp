@@ -57,6 +57,11 @@ dk::ChunkParams params(const py::dict& from) {
     p.pilot = {pilot[0].cast<int64_t>(), pointer<const int64_t>(pilot[1])};
     p.errors = pointer<float>(from["errors"]);
   }
+  if (from.contains("listed")) {
+    const auto listed = from["listed"].cast<py::tuple>();
+    p.listed = {listed[0].cast<int64_t>(), pointer<const int64_t>(listed[1]), pointer<const int64_t>(listed[2]), listed[3].cast<int64_t>(),
+                pointer<float>(listed[4]), pointer<float>(listed[5]), pointer<const float>(listed[6]), pointer<const float>(listed[7])};
+  }
   p.d_weight = pointer<float>(from["d_weight"]);
   p.d_bias = pointer<float>(from["d_bias"]);
   p.first = from["first"].cast<bool>();
@@ -147,7 +152,9 @@ PYBIND11_MODULE(_native, m) {
       .value("multiply", dk::Stage::kMultiply)
       .value("sweep", dk::Stage::kSweep)
       .value("correct", dk::Stage::kCorrect)
-      .value("exact", dk::Stage::kExact);
+      .value("exact", dk::Stage::kExact)
+      .value("listed", dk::Stage::kListed)
+      .value("listed_gradients", dk::Stage::kListedGradients);
   m.def("run_chunk", &run_chunk, py::arg("chunk"), py::arg("scratch"), py::arg("threads"), py::arg("instruction_set"),
         py::arg("stage") = dk::Stage::kWhole);
   m.def("chunk_scratch_floats", &chunk_scratch_floats, py::arg("chunk"), py::arg("threads"), py::arg("instruction_set"));

@@ -48,7 +48,9 @@ struct Model {
 //
 // One with quantised heads takes kSweep, which makes scores; kCorrect, which makes the kept columns' logits, the terms and their errors;
 // where those are too large kExact, which makes the terms again; and kGather and kMultiply as before.
-enum class Stage : int { kWhole, kScores, kGradients, kGather, kMultiply, kSweep, kCorrect, kExact };
+//
+// One whose tokens list entries takes kListed, and where gradients are asked for kListedGradients, for which logits are kept.
+enum class Stage : int { kWhole, kScores, kGradients, kGather, kMultiply, kSweep, kCorrect, kExact, kListed, kListedGradients };
 
 // Vocabulary entries by which a quantised sweep learns about where the log-sum-exps are.
 struct Pilot {
@@ -63,6 +65,19 @@ struct Kept {
   const float* weights;    // (count)
   float* dz;               // (count, stride) written by kGather, read by kMultiply; a quantised sweep's logits may lie there before
   float* squares;          // (2, count) written by kMultiply: ‖·‖² of what goes to d_hidden and to d_weight; null: not wanted
+};
+
+// Vocabulary entries that each token lists, each once and at most `width`, in the vocabulary's order: entries[i] is at places[i], a token
+// times width plus its place among the token's own.
+struct Listed {
+  int64_t count;
+  const int64_t* entries;  // (count) ascending
+  const int64_t* places;   // (count)
+  int64_t width;
+  float* logits;           // (tokens, width) written at `places`
+  float* others;           // (tokens, 3) written: of the entries not listed a reference r, log Σ exp((z − r) / temperature), log Σ exp(z − r)
+  const float* d_logits;   // (tokens, width) read at `places`: gradient of the listed logits
+  const float* d_others;   // (tokens, 2): another entry's is their softmaxes, tempered and untempered, times these
 };
 
 // All of one chunk: per-token terms of the loss, and the gradients of Σ coefficients · terms that are asked for. Gradients need the
@@ -83,6 +98,7 @@ struct ChunkParams {
   float* scores;              // (vocabulary), written by kScores: norms of the columns of dz; by kSweep: what stands for them
   Kept kept;                  // then d_weight is always added to
   Pilot pilot;
+  Listed listed;
   float* errors;  // (tokens, 2), written by kCorrect: standard errors of the divergence and of the untempered log-sum-exp
   bool first;
   int divergence;  // index in DK_FOR_EACH_DIVERGENCE, negative: no divergence term

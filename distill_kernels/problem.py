@@ -73,6 +73,7 @@ class Problem:
     sweep: str = ""  # "int8" or "fp8": logits are quantised, and sums over them corrected by the columns kept; "": they are exact
     sweep_tolerance: float = math.inf  # standard error in nats, root mean square over a chunk, above which it is computed exactly
     keeps_dz: bool = False  # sampled gradients are made in backward, from the columns of dz that forward keeps
+    listed: int = 0  # vocabulary entries that each token lists, at most: the loss is of those and of the sum of the others (`listed`)
     stats: bool = False
     compact: bool = False  # some tokens may be masked
     workspace_mib: int = WORKSPACE_MIB

@@ -41,13 +41,7 @@ def distillation_terms(
     value, _ = resolve(divergence)(log_p, log_q)
     kd = value.sum(-1)
 
-    ce = nll = torch.zeros_like(kd)
-    if labels is not None:
-        log_q1 = log_probabilities(z)
-        valid = labels != ignore_index
-        at_label = log_q1.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
-        nll = torch.where(valid, -at_label, 0)
-        ce = torch.where(valid, -(1 - label_smoothing) * at_label - label_smoothing * log_q1.mean(-1), 0)
+    nll, ce = _cross_entropy(z, labels, label_smoothing, ignore_index)
 
     q, p = log_q.exp(), log_p.exp()
     stats = {
@@ -76,8 +70,24 @@ def distillation_loss(
         ignore_index=ignore_index,
         **options,
     )
-    loss = kd_weight * (temperature**2 if temperature_squared else 1.0) * kd + ce_weight * ce + z_loss_weight * z_loss
-    valid = torch.ones_like(kd, dtype=torch.bool) if labels is None else labels != ignore_index
+    weights = kd_weight * (temperature**2 if temperature_squared else 1.0), ce_weight, z_loss_weight
+    return _reduced((kd, ce, z_loss), weights, labels, token_weight, ignore_index, num_items, reduction)
+
+
+def _cross_entropy(z, labels, label_smoothing, ignore_index):
+    """(−log q_label, cross entropy) of every token, 0 without a label."""
+    if labels is None:
+        return (torch.zeros_like(z[..., 0]),) * 2
+    log_q = log_probabilities(z)
+    valid = labels != ignore_index
+    at_label = log_q.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
+    ce = torch.where(valid, -(1 - label_smoothing) * at_label - label_smoothing * log_q.mean(-1), 0)
+    return torch.where(valid, -at_label, 0), ce
+
+
+def _reduced(terms, weights, labels, token_weight, ignore_index, num_items, reduction):
+    loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+    valid = torch.ones_like(loss, dtype=torch.bool) if labels is None else labels != ignore_index
     factor = valid.double() if token_weight is None else valid * token_weight.double()
     loss = torch.where(factor != 0, loss * factor, 0)
     if reduction == "none":
@@ -93,3 +103,59 @@ def token_logprobs(hidden, weight, token_ids, *, bias=None, logit_scale=1.0, sof
     valid = token_ids != ignore_index
     at_id = log_q.gather(-1, torch.where(valid, token_ids, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(valid, at_id, 0), torch.where(valid, -(log_q.exp() * log_q).sum(-1), 0)
+
+
+def of_lists(log_q, ids):
+    """(listed (..., V) bool, log Σ of q not listed (..., 1)) of ids (..., K), negative where there is none."""
+    listed = torch.zeros(*log_q.shape[:-1], log_q.shape[-1] + 1, dtype=torch.bool)  # a place more, for what is none
+    listed = listed.scatter(-1, torch.where(ids < 0, log_q.shape[-1], ids), True)[..., :-1]
+    # Far below the floor, and finite, so that autograd has nothing to stumble over where everything is listed.
+    return listed, torch.where(listed, 100 * LOG_PROBABILITY_FLOOR, log_q).logsumexp(-1, keepdim=True)
+
+
+def selected_logprobs(hidden, weight, token_ids, *, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):
+    """(log q of each id (..., K), 0 where there is none; log Σ q of all others (...), 0 where there is no id at all), float64."""
+    log_q = (logits(hidden, weight, bias, logit_scale, softcap) / temperature).log_softmax(-1)
+    there = token_ids >= 0
+    _, rest = of_lists(log_q, token_ids)
+    at_ids = log_q.clamp(min=LOG_PROBABILITY_FLOOR).gather(-1, token_ids.clamp(min=0))
+    rest = rest.clamp(min=LOG_PROBABILITY_FLOOR).squeeze(-1)
+    return torch.where(there, at_ids, 0), torch.where(there.any(-1), rest, 0)
+
+
+def sparse_divergence(
+    student_logits, teacher_ids, teacher_logprobs, *, tail, divergence="forward_kl", temperature=1.0, teacher_temperature=None,
+    teacher_tail_mass=None,
+):  # fmt: skip
+    """Divergence (...) from a teacher of whom some log-probabilities are known, from meant logits (..., V): `listed` has the definition."""
+    log_q = (student_logits / temperature).log_softmax(-1)
+    listed, rest = of_lists(log_q, teacher_ids)
+    there = teacher_ids >= 0
+    # The teacher over the whole vocabulary, 0 where nothing is known of it.
+    given = torch.where(there, teacher_logprobs.double(), -torch.inf)
+    log_p = torch.full((*log_q.shape[:-1], log_q.shape[-1] + 1), -torch.inf, dtype=torch.float64)
+    log_p = log_p.scatter(-1, torch.where(there, teacher_ids, log_q.shape[-1]), given)[..., :-1]
+    if tail == "renormalise":
+        log_p = log_p * (1.0 if teacher_temperature is None else teacher_temperature / temperature)
+        log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+        log_q = log_q - torch.where(listed, log_q, 100 * LOG_PROBABILITY_FLOOR).logsumexp(-1, keepdim=True)
+    value, _ = resolve(divergence)(*(torch.where(listed, z, 0).clamp(min=LOG_PROBABILITY_FLOOR) for z in (log_p, log_q)))
+    value = torch.where(listed, value, 0).sum(-1)
+    if tail == "bucket":
+        mass = 1 - given.exp().sum(-1) if teacher_tail_mass is None else teacher_tail_mass.double()
+        of_rest, _ = resolve(divergence)(*(z.clamp(min=LOG_PROBABILITY_FLOOR) for z in (mass.clamp(min=0).log(), rest.squeeze(-1))))
+        value = value + torch.where(there.any(-1), of_rest, 0)
+    return value
+
+
+def sparse_distillation_loss(
+    student_hidden, student_weight, teacher_ids, teacher_logprobs, labels=None, *, tail, temperature=1.0, temperature_squared=True,
+    kd_weight=1.0, ce_weight=0.0, z_loss_weight=0.0, student_bias=None, student_logit_scale=1.0, student_softcap=None, token_weight=None,
+    ignore_index=-100, num_items=None, reduction="mean", **teacher,
+):  # fmt: skip
+    """`distillation_loss` with `sparse_divergence` in the divergence's place."""
+    z = logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    kd = sparse_divergence(z, teacher_ids, teacher_logprobs, tail=tail, temperature=temperature, **teacher)
+    terms = kd, _cross_entropy(z, labels, 0.0, ignore_index)[1], z.logsumexp(-1).square()
+    weights = kd_weight * (temperature**2 if temperature_squared else 1.0), ce_weight, z_loss_weight
+    return _reduced(terms, weights, labels, token_weight, ignore_index, num_items, reduction)

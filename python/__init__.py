@@ -7,6 +7,7 @@ from distill_kernels.api.heads import PreparedHead, prepare_head
 from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.presets import describe_preset, preset
+from distill_kernels.api.sparse import selected_logprobs, sparse_distillation_loss
 from distill_kernels.api.trl_losses import TRLDistillationMixin, TRLGKDMixin
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "prepare_head",
     "preset",
     "run_backbone",
+    "selected_logprobs",
+    "sparse_distillation_loss",
     "token_logprobs",
     "write_teacher_cache",
 ]

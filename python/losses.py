@@ -214,12 +214,8 @@ def token_logprobs(
         >>> logprobs, entropies = token_logprobs(hidden, head, torch.randint(1000, (2, 8)))
         >>> (-logprobs - 0.01 * entropies).mean().backward()
     """
-    contract.finite_number("temperature", temperature, above=0)
-    contract.finite_number("logit_scale", logit_scale)
-    contract.finite_number("softcap", softcap, above=0, optional=True)
+    per_token.check_logprobs(hidden, weight, bias, temperature, logit_scale, softcap, backend)
     contract.integer("ignore_index", ignore_index)
-    contract.backend_name(backend)
-    contract.check_head("", hidden, weight, bias)
     workspace_mib = contract.workspace(workspace_mib, hidden.device)
     contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
     contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})

@@ -47,6 +47,25 @@ def marked(name, labels, valid, vocabulary):
     return labels
 
 
+def check_lists(name, ids, tokens):
+    """Raises unless ids (..., K) have at least one place for each token (...)."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype is not torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.shape[:-1] != tokens or ids.dim() == len(tokens) or ids.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one place for each token, shape {(*tokens, 'K')}, got {tuple(ids.shape)}")
+
+
+def check_logprobs(hidden, weight, bias, temperature, logit_scale, softcap, backend):
+    """Raises unless these are arguments that log-probabilities can be made of."""
+    contract.finite_number("temperature", temperature, above=0)
+    contract.finite_number("logit_scale", logit_scale)
+    contract.finite_number("softcap", softcap, above=0, optional=True)
+    contract.backend_name(backend)
+    contract.check_head("", hidden, weight, bias)
+
+
 def compute_dtype(student_hidden, teacher_hidden):
     return contract.compute_dtype(student_hidden.dtype, student_hidden.dtype if teacher_hidden is None else teacher_hidden.dtype)
 

@@ -11,6 +11,7 @@ import torch
 
 from distill_kernels import chunked, memory, quantised
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
+from distill_kernels.listed import listed_bytes
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
 from distill_kernels.sampling import Sampler, sampled_bytes
@@ -76,7 +77,7 @@ def schedule(problem: Problem) -> Schedule:
         most_tokens=CHUNK_TOKENS if limited else None,
         most_bytes=None if limited else SWEEP_BYTES - fixed_of_few,  # so that chunks are the same on any number of threads
         token_alignment=_native.token_alignment,
-        token_bytes=share + gathered + sampled_token_bytes,
+        token_bytes=share + gathered + sampled_token_bytes + listed_bytes(problem),
         fixed_bytes=fixed + sampled_fixed_bytes,
     )
 
@@ -137,6 +138,30 @@ def _run_swept(problem, tensors, plan):
         kernels = SweptKernels(call, *call.arguments(chunk, *_models(chunk, heads, logits), scores), chunk, trust)
         kernels.sweep(copies, pilot)
         sampler.gradients(chunk, scores, kernels)
+
+    return chunked.run(problem, tensors, plan, kernel)
+
+
+def run_listed(problem: Problem, tensors: Tensors, ids: torch.Tensor, loss) -> chunked.Outputs:
+    plan = make_plan(problem, schedule(problem))
+    keeps = plan.schedule == "chunked"
+    call = Call(problem, plan.chunk_tokens, keeps)
+    logits = memory.empty(problem.vocabulary, plan.chunk_tokens, like=call.scratch, dtype=torch.float32) if keeps else None
+    head, _ = _heads(tensors)
+
+    def kernel(chunk: chunked.Chunk):
+        kernels = call.of(chunk, (_by_rows(chunk.student_hidden), *head, logits), None, None)
+        own = ids[chunk.tokens]
+        entries, places = own.reshape(-1).sort(stable=True)
+        first = int((entries < 0).sum())  # no entries
+        entries, places = entries[first:], places[first:]
+        made, others = own.new_empty(own.shape, dtype=torch.float32), own.new_empty(len(own), 3, dtype=torch.float32)
+        lists = len(entries), entries.data_ptr(), places.data_ptr(), own.shape[1], made.data_ptr(), others.data_ptr()
+        kernels.run(_native.Stage.listed, listed=(*lists, 0, 0))
+        gradients = loss(chunk, made, others)
+        if problem.gradient:
+            gradients = [gradient.contiguous() for gradient in gradients]
+            kernels.run(_native.Stage.listed_gradients, listed=(*lists, *map(_address, gradients)))
 
     return chunked.run(problem, tensors, plan, kernel)
 

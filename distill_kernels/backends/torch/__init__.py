@@ -7,9 +7,11 @@ temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspa
 import torch
 
 from distill_kernels import chunked, quantised
+from distill_kernels.backends.torch import listed
 from distill_kernels.backends.torch.rows import ROW_BUFFERS, Rows, row_kernel
 from distill_kernels.backends.torch.swept import SweptChunk
 from distill_kernels.correction import correction_bytes
+from distill_kernels.listed import listed_bytes
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, panel_bytes
@@ -43,9 +45,9 @@ def schedule(problem: Problem) -> Schedule:
     return Schedule(
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         # The chunk's hidden states widened, and its d_hidden.
-        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes,
+        token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes + listed_bytes(problem),
         fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,
-        row_bytes=ROW_BUFFERS * row_bytes,
+        row_bytes=(listed.LISTED_BUFFERS if problem.listed else ROW_BUFFERS) * row_bytes,
     )
 
 
@@ -98,3 +100,29 @@ def _run_chunked(problem, tensors, plan):
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
     kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, problem.compute_dtype)
     return chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
+
+
+def run_listed(problem: Problem, tensors: Tensors, ids: torch.Tensor, loss) -> chunked.Outputs:
+    plan = make_plan(problem, schedule(problem))
+    dtype, device = problem.compute_dtype, tensors.student_hidden.device
+    products = Products(problem, device)
+    space = torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device)
+    bias = None if tensors.student_bias is None else tensors.student_bias.to(dtype)
+
+    def kernel(chunk: chunked.Chunk):
+        logits = space[: len(chunk.student_hidden)]
+        products.logits(chunk.student_hidden, tensors.student_weight, logits)
+        rows = listed.ListedRows(logits, ids[chunk.tokens], bias)
+        made, others = logits.new_empty(rows.ids.shape), logits.new_empty(len(logits), 3)
+        for part, some in rows.parts(plan):
+            listed.others(problem, some, made[part], others[part])
+        gradients = loss(chunk, made, others)
+        if not problem.gradient:
+            return
+        for part, some in rows.parts(plan):
+            listed.gradient(problem, some, made[part], others[part], *(d[part] for d in gradients))
+        if chunk.d_bias is not None:
+            torch.add(0 if chunk.first else chunk.d_bias, logits.sum(0), out=chunk.d_bias)
+        Library(products, tensors.student_weight, dtype, logits).exact(chunk)
+
+    return chunked.run(problem, tensors, plan, kernel)
