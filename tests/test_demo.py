@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from tiny_models import LAYERS, WIDTH, WORDS, save_llama, sections, tokenizer_of
 
 from distill_kernels.api import corpus, demo_benchmark, demo_report, initial_models, training_report
 from distill_kernels.api.command_line import main
@@ -20,32 +20,6 @@ from distill_kernels.api.user_error import UserError
 
 for package in ("transformers", "tqdm", "matplotlib"):
     pytest.importorskip(package)
-
-WORDS = [f"{first}{second}{third}" for first in "bdfgklmn" for second in "aeiou" for third in "nrstlm"]  # 240
-LAYERS, WIDTH = 4, 32
-
-
-def tokenizer_of(words):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["?", *words])}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
-
-
-def save_llama(folder, *, words=WORDS, vocabulary=300, layers=LAYERS, width=WIDTH, seed=0):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer_of(words).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -63,10 +37,8 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    generator = random.Random(0)
-    sections = [" ".join(generator.choices(WORDS, k=40)) for _ in range(30)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(sections), encoding="utf-8")
+    path.write_text("\n\n".join(sections(30)), encoding="utf-8")
     return path
 
 
