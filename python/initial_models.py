@@ -91,6 +91,10 @@ def cut_student(teacher: nn.Module, keep: Sequence[int]) -> nn.Module:
     student.config.num_hidden_layers = len(keep)
     if getattr(student.config, "layer_types", None) is not None:
         student.config.layer_types = [student.config.layer_types[index] for index in keep]
+    for index, layer in enumerate(student.base_model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in the cache of keys and values
+                module.layer_idx = index
     student.get_input_embeddings().requires_grad_(False)
     student.get_output_embeddings().requires_grad_(False)
     return student

@@ -120,18 +120,16 @@ def _check(settings: Settings) -> None:
         options = DistillationLoss(**settings.loss).options
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    _check_sources(settings, options.get("kd_weight", 1.0), options.get("ce_weight", 0.0))
+    _check_sources(settings, bool(options.get("kd_weight", 1.0)))
     initial_models.check_packages("train")
     output_folder.check(settings.output, (LOG, REPORT, PLOT))
 
 
-def _check_sources(settings: Settings, kd_weight: float, ce_weight: float) -> None:
+def _check_sources(settings: Settings, needs_teacher: bool) -> None:
     if settings.teacher is not None and settings.teacher_cache is not None:
         raise UserError("--teacher and --teacher-cache are both given; the cache is there in place of the teacher")
-    if settings.teacher is None and settings.teacher_cache is None and kd_weight:
+    if settings.teacher is None and settings.teacher_cache is None and needs_teacher:
         raise UserError("there is no teacher: pass --teacher or --teacher-cache, or --kd-weight 0 --ce-weight 1 for the text alone")
-    if not kd_weight and not ce_weight:
-        raise UserError("nothing would be learned: --kd-weight and --ce-weight are both 0")
     if settings.student is None and settings.teacher is None:
         raise UserError("there is no student: pass --student PATH, or --teacher PATH to cut one from its layers")
     if settings.student is not None and settings.student_layers is not None:

@@ -265,7 +265,7 @@ def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
     for inputs, student, teacher in batches:
         kd_weight = 0.0 if teacher["teacher_hidden"] is None else 1.0
         _, stats = distillation_loss_and_stats(
-            **student, **teacher, labels=next_token_labels(**inputs), kd_weight=kd_weight, vocab_mismatch=vocab_mismatch
+            **student, **teacher, labels=next_token_labels(**inputs), kd_weight=kd_weight, ce_weight=1, vocab_mismatch=vocab_mismatch
         )
         for name in totals:
             totals[name] += getattr(stats, name).sum().item()
