@@ -14,7 +14,8 @@ loss answers with its gradient, from which that of every logit follows:
 
 What the teacher leaves out, its tail, is compared by one of TAILS:
 
-    bucket       as one entry more, of probability 1 − Σ p_k and q_rest: the divergence of two distributions over K + 1 outcomes
+    bucket       as one entry more, of probability 1 − Σ p_k and q_rest: the divergence of two distributions over K + 1 outcomes; not
+                 where everything is listed
     renormalise  not at all; both distributions are renormalised to the list, p_k / Σ p and q_k / Σ_L q: how L is shared out
     ignore       not at all, and nothing is renormalised: Σ_k value(log p_k, log q_k), which is no divergence unless L is everything
 """
@@ -155,7 +156,7 @@ def terms_and_gradient(problem: Problem, lists: Lists, tail: str, coefficients, 
     d_listed, d_others = torch.zeros_like(listed), torch.zeros_like(others[:, :2])
     if problem.divergence is not None:
         made = log_probabilities(lists.ids, listed, others, 1 / problem.temperature, 1)
-        value, gradient, of_rest = _divergence(problem.divergence, lists, tail, made)
+        value, gradient, of_rest = _divergence(problem.divergence, lists, tail, problem.vocabulary, made)
         terms[:, :1] = value
         d_listed = kd / problem.temperature * gradient
         d_others[:, :1] = kd / problem.temperature * of_rest
@@ -178,7 +179,7 @@ def terms_and_gradient(problem: Problem, lists: Lists, tail: str, coefficients, 
     return tuple(torch.where(counts, made.masked_fill(flawed, torch.nan), 0) for made in (terms, d_listed, d_others))
 
 
-def _divergence(divergence, lists: Lists, tail: str, made: LogProbabilities):
+def _divergence(divergence, lists: Lists, tail: str, vocabulary: int, made: LogProbabilities):
     """(value (n, 1), ∂value/∂x_k (n, K), and of the others together (n, 1)), x = z / τ."""
     shown, log_p, log_q = lists.shown, lists.log_p, made.listed
     q, q_rest = made.listed.exp(), made.rest.exp()
@@ -188,7 +189,9 @@ def _divergence(divergence, lists: Lists, tail: str, made: LogProbabilities):
         bucket = torch.logaddexp(label, made.rest)
         share_of_label, share_of_rest = (torch.where(part == -torch.inf, 0, (part - bucket).exp()) for part in (label, made.rest))
         log_p, log_q = torch.cat([log_p, lists.log_tail], 1), torch.cat([log_q, bucket], 1)
-        shown = torch.cat([shown, shown.any(-1, keepdim=True)], 1)
+        # Of a list of everything 1 − Σ p is rounding, and there is nothing that could have it.
+        count = shown.sum(-1, keepdim=True)
+        shown = torch.cat([shown, (count > 0) & (count < vocabulary)], 1)
     elif tail == "renormalise":
         log_q = torch.where(shown, log_q, -torch.inf)
         log_q = log_q - log_q.logsumexp(-1, keepdim=True)

@@ -144,7 +144,7 @@ def sparse_divergence(
     if tail == "bucket":
         mass = 1 - given.exp().sum(-1) if teacher_tail_mass is None else teacher_tail_mass.double()
         of_rest, _ = resolve(divergence)(*(z.clamp(min=LOG_PROBABILITY_FLOOR) for z in (mass.clamp(min=0).log(), rest.squeeze(-1))))
-        value = value + torch.where(there.any(-1), of_rest, 0)
+        value = value + torch.where(there.any(-1) & ~listed.all(-1), of_rest, 0)
     return value
 
 
