@@ -17,8 +17,9 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .PHONY: test demo bench sanitize lint generate clean
 
+# A process for each core, up to four: most tests use one thread. Passive: threads of two processes that wait for work must not spin.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 demo: $(INSTALLED)
 	$(BIN)/distill-kernels demo
