@@ -25,13 +25,15 @@ def plan(
     weight_gradient: bool = True,
     column_fraction: float | str | None = None,
     sweep: str | None = None,
+    listed: int = 0,
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Plan:
     """Chunks, workspace, peak memory and flops of a `distillation_loss` call with N = tokens, V = vocabulary, D_s and D_t.
 
     Nothing runs and nothing is allocated; `print` the result to read it. `weight_gradient=False` is a frozen head, `teacher_dim=0` a
-    call without a teacher (kd_weight=0); column_fraction="auto" counts its largest choice, 32 %.
+    call without a teacher (kd_weight=0); column_fraction="auto" counts its largest choice, 32 %. listed=K is a call of
+    `sparse_distillation_loss` with K entries for each token, or of `selected_logprobs` with reduction="none": teacher_dim is 0 then.
 
     Returns
         A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), quantised_bytes (of
@@ -49,6 +51,7 @@ def plan(
         ("vocabulary", vocabulary, 1),
         ("student_dim", student_dim, 1),
         ("teacher_dim", teacher_dim, 0),
+        ("listed", listed, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -56,6 +59,10 @@ def plan(
     contract.one_of("reduction", reduction, contract.REDUCTIONS)
     contract.backend_name(backend)
     contract.check_sweep(sweep, column_fraction)
+    if listed and (teacher_dim or column_fraction is not None):
+        raise ValueError(
+            f"listed={listed} entries take the place of the teacher's head, and are not sampled: pass teacher_dim=0 and no column_fraction"
+        )
     quantised.check(sweep, resolve(divergence) if teacher_dim else None, False, contract.compute_dtype(dtype))
     tolerance = 0.0
     if column_fraction == "auto":
@@ -72,12 +79,13 @@ def plan(
         device=torch.device(device),
         divergence=resolve(divergence) if teacher_dim else None,
         cross_entropy=False,
-        z_loss=not teacher_dim,
+        z_loss=not (teacher_dim or listed),
         d_hidden=hidden_gradient,
         d_weight=weight_gradient,
         column_fraction=column_fraction or 0.0,
         gradient_tolerance=tolerance,
         sweep=sweep or "",
+        listed=listed,
         workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
     )
     return backends.plan(problem, backend, deferred=deferred)

@@ -140,8 +140,8 @@ def same(case, loss, leaves, **options):
 @BOTH
 @pytest.mark.parametrize("renormalised", [False, True])
 def test_ignored_tail_is_the_top_k_loss_of_trainers(renormalised, backend):
-    """Σ p_k (log p_k − log q_k) with q of the whole vocabulary, p renormalised or not, averaged over tokens, and its value and gradient both
-    times temperature²."""
+    """Σ p_k (log p_k − log q_k) with q of the whole vocabulary, p renormalised or not, averaged over tokens; value and gradient are both
+    multiplied by temperature²."""
     temperature = 2.0
     case = make_case("moderate", ragged=False, temperature=temperature)
     if renormalised:

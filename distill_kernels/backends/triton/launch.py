@@ -5,7 +5,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distill_kernels import chunked
-from distill_kernels.backends.triton import kept_columns, listed_columns, quantised_sweep, rows, sweep
+from distill_kernels.backends.triton import kept_columns, listed_columns, listed_entries, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import MERGED, STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
@@ -233,6 +233,49 @@ class Launcher:
         }  # fmt: skip
         grid = (-(-tokens // configuration.rows), -(-count // configuration.block))
         _launch(kept_columns.kept_gradient_kernel, grid, values, num_warps=configuration.warps)
+
+    def listed(self, logits, ids):
+        """(listed (n, K), others (n, 3)) of a chunk's logits, bare products (n, V) float32, which lose what is listed."""
+        tokens = len(ids)
+        listed = logits.new_empty(ids.shape)
+        by_list, by_vocabulary = self._listed(logits, ids)
+        _launch(listed_entries.take_kernel, by_list.pop("grid"), by_list | {"listed": listed}, num_warps=1)
+        configuration = rows.configuration(self.architecture)
+        partial = logits.new_empty(listed_entries.OTHERS, tokens, by_vocabulary["splits"])
+        grid = by_vocabulary.pop("grid")
+        _launch(listed_entries.others_kernel, grid, by_vocabulary | {"partial": partial}, num_warps=configuration.warps)
+        maxima, *sums = partial
+        highest = maxima.amax(-1, keepdim=True)
+        below = maxima - highest
+        factors = (below / self.problem.temperature).exp(), below.exp()
+        log_sums = [(part * factor).sum(-1, keepdim=True).log() for part, factor in zip(sums, factors, strict=True)]
+        return listed, torch.cat([torch.where(log_sums[0] == -torch.inf, 0.0, highest), *log_sums], 1)
+
+    def listed_gradient(self, logits, ids, listed, others, d_listed, d_others, dz, dz_scale):
+        """dz (n, V) of logits that lack what is listed; they may be the same."""
+        by_list, by_vocabulary = self._listed(logits, ids)
+        written = {"dz": dz, "dz_scale": dz_scale}
+        of_others = by_vocabulary | written | {"others": others, "d_others": d_others.contiguous()}
+        warps = rows.configuration(self.architecture).warps
+        _launch(listed_entries.others_gradient_kernel, of_others.pop("grid"), of_others, num_warps=warps)
+        of_listed = by_list | written | {"listed": listed, "d_listed": d_listed.contiguous()}
+        _launch(listed_entries.put_kernel, of_listed.pop("grid"), of_listed, num_warps=1)
+
+    def _listed(self, logits, ids):
+        """Arguments and grids of the kernels that go by lists and of those that go by the vocabulary."""
+        tokens, width = ids.shape
+        configuration = rows.configuration(self.architecture)
+        blocks = -(-tokens // configuration.rows)
+        shared = self.common | {
+            "logits": logits, "bias": self.tensors.student_bias, "ids": ids, "tokens": tokens, "width": width, "ROWS": configuration.rows,
+            "scale": self.problem.student_logit_scale, "softcap": self.problem.student_softcap,
+        }  # fmt: skip
+        block = listed_entries.block_of(width, configuration.block)
+        splits = rows.splits_of(tokens, self.problem.vocabulary, configuration)
+        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.block)
+        by_list = {"BLOCK": block, "grid": (blocks, -(-width // block))}
+        by_vocabulary = {"BLOCK": configuration.block, "splits": splits, "slice_entries": slice_entries, "grid": (blocks, splits)}
+        return shared | by_list, shared | by_vocabulary
 
     def _partial(self, tokens, splits):
         new = self.tensors.coefficients.new_empty
