@@ -134,15 +134,27 @@ class Library:
         kept = out[: len(self.dz) * len(columns)].view(len(self.dz), -1)
         torch.mul(self.dz.index_select(1, columns), weights, out=kept)
 
-    def multiply(self, chunk, dz, columns, squares):
-        dz = dz.view(-1)[: len(chunk.student_hidden) * len(columns)].view(-1, len(columns))
+    def narrowed(self, dz, tokens, kept):
+        """What `gather` has made, (n, K) of the products' dtype and scale."""
+        dz = dz.view(-1)[: tokens * kept].view(tokens, kept)
         if self.scale is not None:
             dz = dz * self.scale
-        dz = dz.to(self.dtype)
+        return dz.to(self.dtype)
+
+    def rows(self, columns):
+        """Of the head, (m, D)."""
+        return self.weight.index_select(0, columns)
+
+    def add_rows(self, d_weight, columns, rows):
+        """d_weight (V, D)[columns] += rows (m, D)"""
+        d_weight.index_add_(0, columns, rows)
+
+    def multiply(self, chunk, dz, columns, squares):
+        dz = self.narrowed(dz, len(chunk.student_hidden), len(columns))
         panel = _panel_columns(self.weight.shape[1], self.weight.dtype, self.products.dtype)
         for begin in range(0, len(columns), panel):
             part = slice(begin, begin + panel)
-            rows = self.weight.index_select(0, columns[part])
+            rows = self.rows(columns[part])
             if chunk.d_hidden is not None:
                 share = chunk.d_hidden if begin == 0 else torch.empty_like(chunk.d_hidden)
                 self.products.d_hidden(dz[:, part], rows, share)
@@ -153,7 +165,7 @@ class Library:
             if chunk.d_weight is not None:
                 made = chunk.d_weight.new_empty(rows.shape)
                 self.products.d_weight(dz[:, part], chunk.student_hidden, made, first=True)
-                chunk.d_weight.index_add_(0, columns[part], made)
+                self.add_rows(chunk.d_weight, columns[part], made)
                 if squares is not None:
                     squares[1, part] = made.square().sum(1)
 

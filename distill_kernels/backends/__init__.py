@@ -7,6 +7,9 @@ A backend is a module of this package with
     schedule(problem) -> Schedule        what the planner must know of it
     run(problem, tensors) -> Outputs     the terms of the loss, and the gradients of Σ coefficients · terms
     multiply_kept(problem, saved) -> Outputs    those gradients alone, from what a run with problem.keeps_dz has kept
+    run_listed(problem, tensors, ids, loss) -> Outputs    if it has one, what `run` is, of entries that tokens list, ids (N, K): for each
+                                         chunk it makes listed and others, as `distill_kernels.listed` says, and loss(chunk, listed, others)
+                                         writes the terms and returns (d_listed, d_others), or None where no gradient is asked for
 
 Adding one: write the module, and put its name in ORDER where `auto` should consider it.
 """
@@ -20,7 +23,8 @@ from distill_kernels import quantised
 from distill_kernels.plan import Plan, make_plan
 from distill_kernels.problem import Problem
 
-ORDER = ("native", "triton", "torch")  # fastest first
+# Fastest first; but `cuda`, which has not been measured on any device, after what runs everywhere: `auto` never takes it.
+ORDER = ("native", "triton", "torch", "cuda")
 
 
 def load(name):
@@ -40,6 +44,8 @@ def choose(problem: Problem, name: str = "auto"):
             continue  # its interpreter is for tests, which name it
         backend = load(candidate)
         reasons[candidate] = backend.why_not(problem)
+        if problem.listed and not hasattr(backend, "run_listed"):
+            reasons[candidate] = "it has no kernels for entries that tokens list"
         if reasons[candidate] is None:
             return backend
     raise NotImplementedError("; ".join(f"backend {candidate!r} cannot run this: {reason}" for candidate, reason in reasons.items()))

@@ -7,16 +7,16 @@ whose 8-bit logits are corrected by a few exact ones. Triton is imported where i
 
 import torch
 
-from distill_kernels import chunked, quantised
+from distill_kernels import chunk_products, chunked, quantised
+from distill_kernels.chunk_products import SAMPLED_TOKENS
 from distill_kernels.correction import correction_bytes
+from distill_kernels.listed import listed_bytes
 from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
-from distill_kernels.products import Products, multiplies_wide, panel_bytes
-from distill_kernels.sampling import Library, Sampler, sampled_bytes
+from distill_kernels.products import Products, panel_bytes
+from distill_kernels.sampling import Sampler, sampled_bytes
 
 MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
-SWEEP_BYTES = 32 * 2**20  # of the tile-fused schedule: thousands of tokens share each pass over the heads
-SAMPLED_TOKENS = 512  # of a chunk whose gradient columns are sampled: fewer sample better, but each reads the heads again
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_FLOAT8 = (8, 9)  # whose tensor cores multiply it
 
@@ -66,31 +66,19 @@ def schedule(problem: Problem) -> Schedule:
     from distill_kernels.backends.triton import launch
 
     keeps, reason = keeps_logits(problem)
-    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     if problem.swept:
-        return _swept_schedule(problem, reason, sampled_token_bytes, sampled_fixed_bytes)
-    token_bytes, fixed_bytes = launch.partial_bytes(problem, keeps)
-    # What a chunk of scattered tokens is gathered into; where torch does not make wide products, also what it widens.
-    token_bytes += problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
-    if keeps:
-        token_bytes += problem.vocabulary * _dz_bytes(problem)
-        fixed_bytes += panel_bytes(problem)
-        if not multiplies_wide(problem.device):
-            token_bytes += (problem.student_dim + problem.teacher_dim) * 4 + problem.vocabulary * 4 * bool(_dz_bytes(problem))
-    return Schedule(
-        name="chunked" if keeps else "tile-fused",
-        reason=reason,
-        keeps_logits=keeps,
-        most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
-        most_bytes=None if keeps else SWEEP_BYTES,
-        token_bytes=token_bytes + sampled_token_bytes,
-        fixed_bytes=fixed_bytes + sampled_fixed_bytes,
-    )
+        return _swept_schedule(problem, reason)
+    if problem.listed:
+        token_bytes, fixed_bytes = launch.partial_bytes(problem, True)
+        reason = "what tokens list is taken out of a chunk's logits"
+        return chunk_products.schedule(problem, True, reason, token_bytes + listed_bytes(problem), fixed_bytes)
+    return chunk_products.schedule(problem, keeps, reason, *launch.partial_bytes(problem, keeps))
 
 
-def _swept_schedule(problem: Problem, reason, sampled_token_bytes, sampled_fixed_bytes) -> Schedule:
+def _swept_schedule(problem: Problem, reason) -> Schedule:
     from distill_kernels.backends.triton import launch
 
+    sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     token_bytes, fixed_bytes = (a + b for a, b in zip(launch.swept_bytes(problem), correction_bytes(problem), strict=True))
     hidden_bytes = problem.student_dim * (problem.student_dtype.itemsize + 4) + problem.teacher_dim * problem.teacher_dtype.itemsize
     return Schedule(
@@ -101,11 +89,6 @@ def _swept_schedule(problem: Problem, reason, sampled_token_bytes, sampled_fixed
         token_bytes=hidden_bytes + token_bytes + sampled_token_bytes,
         fixed_bytes=panel_bytes(problem) + fixed_bytes + sampled_fixed_bytes,
     )
-
-
-def _dz_bytes(problem: Problem) -> int:
-    """Of an entry of dz, where it does not take the place of the student's logits."""
-    return problem.student_dtype.itemsize if problem.gradient and problem.student_dtype.itemsize < 4 else 0
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
@@ -124,36 +107,7 @@ def _run_tile_fused(problem, tensors, plan, compact):
 def _run_chunked(problem, tensors, plan, compact):
     from distill_kernels.backends.triton import launch
 
-    launcher = launch.Launcher(problem, tensors)
-    device = tensors.student_hidden.device
-    products = Products(problem, device)
-    sampler = Sampler(problem, tensors, plan)
-
-    def space(wanted, dtype=torch.float32):
-        return torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
-
-    student_space, teacher_space = space(True), space(problem.teacher_dim)
-    dz_space = space(True, problem.student_dtype) if _dz_bytes(problem) else student_space
-    dz_scale = _dz_scale(problem, tensors.coefficients) if dz_space.dtype is torch.float16 else None
-
-    def kernel(chunk: chunked.Chunk):
-        count = chunk.student_hidden.shape[0]
-        student_logits, teacher_logits = student_space[:count], None
-        products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
-        if teacher_space is not None:
-            teacher_logits = teacher_space[:count]
-            products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
-        dz = dz_space[:count] if problem.gradient else None
-        launcher.rows(chunk, student_logits, teacher_logits, dz, dz_scale)
-        if chunk.d_bias is not None:
-            torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
-        kernels = Library(products, tensors.student_weight, dz_space.dtype, dz, dz_scale)
-        if sampler.kept:
-            sampler.gradients(chunk, torch.linalg.vector_norm(dz, dim=0, dtype=torch.float32), kernels)
-        else:
-            kernels.exact(chunk)
-
-    return _unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
+    return chunk_products.run(problem, tensors, plan, launch.Launcher(problem, tensors).rows, compact)
 
 
 def _run_swept(problem, tensors, plan, compact):
@@ -163,8 +117,8 @@ def _run_swept(problem, tensors, plan, compact):
     launcher, products = Launcher(problem, tensors), Products(problem, tensors.student_hidden.device)
     sampler = Sampler(problem, tensors, plan)
     pilot, trust = quantised.pilot(problem, tensors), quantised.Trust(problem, tensors)
-    dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
-    dz_scale = _dz_scale(problem, tensors.coefficients) if dtype is torch.float16 else None
+    dtype = chunk_products.dz_dtype(problem)
+    dz_scale = chunk_products.dz_scale(problem, tensors.coefficients) if dtype is torch.float16 else None
 
     def kernel(chunk: chunked.Chunk):
         counts = None
@@ -178,7 +132,7 @@ def _run_swept(problem, tensors, plan, compact):
             if written is not None:
                 written.masked_fill_(~counts, 0.0)
 
-    return _unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
+    return chunk_products.unscaled(chunked.run(problem, tensors, plan, kernel, compact), dz_scale)
 
 
 RUN = {"chunked": _run_chunked, "tile-fused": _run_tile_fused, "swept": _run_swept}
@@ -186,27 +140,20 @@ RUN = {"chunked": _run_chunked, "tile-fused": _run_tile_fused, "swept": _run_swe
 
 def multiply_kept(problem: Problem, saved: chunked.Saved) -> chunked.Outputs:
     with torch.cuda.device_of(saved.student_hidden):
-        dtype = problem.student_dtype if _dz_bytes(problem) else torch.float32
-        scale = _dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
-        kernels = Library(Products(problem, saved.student_hidden.device), saved.student_weight, dtype, scale=scale)
-        outputs = chunked.multiply_kept(problem, saved, schedule(problem).token_alignment, kernels.multiply_scaled)
-        return _unscaled(outputs, scale)
+        return chunk_products.multiply_kept(problem, saved, schedule(problem).token_alignment)
 
 
-def _unscaled(outputs, scale):
-    if scale is not None:
-        for gradient in (outputs.d_hidden, outputs.d_weight, outputs.d_bias):
-            gradient.div_(scale)
-    return outputs
+def run_listed(problem: Problem, tensors: Tensors, ids: torch.Tensor, loss) -> chunked.Outputs:
+    from distill_kernels.backends.triton import launch
 
+    launcher = launch.Launcher(problem, tensors)
 
-def _dz_scale(problem: Problem, coefficients):
-    """() float32, a power of two: brings the largest entries of dz to about 1, for float16 has little room below 1e-4 or above 1e4."""
-    if not coefficients.numel():
-        return coefficients.new_ones(())
-    kd, ce, z_loss = coefficients.abs().amax(0).double().unbind()
-    student_scale, teacher_scale = abs(problem.student_logit_scale), abs(problem.teacher_logit_scale)
-    # A temperature above the scale of the logits flattens both softmaxes: the difference that is left goes with its inverse.
-    flattened = min(1.0, max(1.0, student_scale, teacher_scale) / problem.temperature)
-    largest = student_scale * torch.maximum(kd * (flattened / problem.temperature), torch.maximum(ce, 2 * z_loss))
-    return torch.where(largest > 0, torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-126, 126)), 1.0).float()
+    def rows(chunk, logits, _, dz, dz_scale):
+        own = ids[chunk.tokens].contiguous()
+        listed, others = launcher.listed(logits, own)
+        gradients = loss(chunk, listed, others)
+        if dz is not None:
+            launcher.listed_gradient(logits, own, listed, others, *gradients, dz, dz_scale)
+
+    with torch.cuda.device_of(tensors.student_hidden):
+        return chunk_products.run(problem, tensors, make_plan(problem, schedule(problem)), rows, chunked.compacts(problem))
