@@ -29,6 +29,7 @@ from distill_kernels.chunked import Saved, compacts, empty_outputs
 from distill_kernels.divergences import from_parameters
 from distill_kernels.problem import Problem, Tensors, check_labels
 from distill_kernels.quantised import KINDS, padded_dim
+from distill_kernels.shards import join
 
 
 class Results(NamedTuple):
@@ -93,11 +94,14 @@ def _compute(
     stats: bool,
     compact: bool,
     workspace_mib: int,
+    group: str,
+    shares_d_hidden: bool,
     backend: str,
     deferred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
-    check_labels("labels", labels, problem.vocabulary)
+    problem = join(problem, tensors)
+    check_labels("labels", labels, problem.whole_vocabulary)
     with without_autocast(problem.device):
         outputs = backends.choose(problem, backend).run(problem, tensors)
     total = (coefficients * outputs.terms).sum(-1)

@@ -7,7 +7,7 @@ one teacher-head product. Tokens whose coefficients are all zero are left out be
 The tile-fused schedule comes this way too, with larger chunks, kernels that keep no logits, and no gradients: 1S + 1T.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from distill_kernels import memory
 from distill_kernels.plan import Plan, even_chunks
 from distill_kernels.problem import STATS, TERMS, Problem, Tensors
 from distill_kernels.sampling import relative_error
+from distill_kernels.shards import Shards, waited_for
 
 
 class Outputs(NamedTuple):
@@ -89,8 +90,15 @@ def compacts(problem: Problem) -> bool:
     return problem.compact and not (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk], None], compact: bool | None = None) -> Outputs:
-    """Runs `kernel` over every chunk of the tokens that count; `compact` False: of all, the kernel zeroing what does not count."""
+# A chunk's work, or a generator that does it and yields while numbers of other ranks are on their way.
+Kernel = Callable[[Chunk], Iterator | None]
+
+
+def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Kernel, compact: bool | None = None) -> Outputs:
+    """Runs `kernel` over every chunk of the tokens that count; `compact` False: of all, the kernel zeroing what does not count.
+
+    Of a vocabulary in shards, d_hidden is added up over the ranks unless `problem.shares_d_hidden`."""
+    shards = Shards.of(problem)
     outputs = empty_outputs(problem, tensors.student_hidden, plan)
     compact = problem.compact if compact is None else compact
     if compact:
@@ -102,13 +110,28 @@ def run(problem: Problem, tensors: Tensors, plan: Plan, kernel: Callable[[Chunk]
         outputs.d_weight.zero_()  # most rows are of no chunk
     if problem.swept:
         outputs.d_bias.zero_()
-    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, kernel, compact, outputs, variance) == 0:
+    adds_up = shards is not None and problem.d_hidden and not problem.shares_d_hidden
+    chunk_kernel = _adding_up(kernel, shards) if adds_up else kernel
+    if _over_chunks(tensors, plan.chunk_tokens, plan.token_alignment, chunk_kernel, compact, outputs, variance) == 0:
         outputs.d_weight.zero_()
         outputs.d_bias.zero_()
     if variance is not None:
         squares = torch.stack([gradient.square().sum() for gradient in (outputs.d_hidden, outputs.d_weight)])
-        variance.copy_(relative_error(variance, squares))
+        if shards is not None:
+            of_weight = waited_for(shards.gather(torch.stack([*variance, squares[1]]))).sum(0)
+            variance, squares[1] = of_weight[:2], of_weight[2]
+            if problem.shares_d_hidden:
+                squares[0] = torch.nan  # nobody has the sum whose error it would be
+        outputs.gradient_error.copy_(relative_error(variance, squares))
     return outputs
+
+
+def _adding_up(kernel: Kernel, shards: Shards) -> Kernel:
+    def sharded(chunk: Chunk):
+        yield from kernel(chunk)
+        yield from shards.add_up(chunk.d_hidden)
+
+    return sharded
 
 
 class Saved(NamedTuple):
@@ -141,7 +164,27 @@ def multiply_kept(problem: Problem, saved: Saved, token_alignment: int, kernel: 
 
 
 def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compact: bool, outputs: Outputs, variance) -> int:
-    """Runs `kernel` over the chunks; returns the tokens that went through."""
+    """Runs `kernel` over the chunks; returns the tokens that went through.
+
+    Chunks whose kernels yield are in work two at a time, each taking a step while the other's numbers are on their way; the earlier one
+    is always ahead, so that what they add up is added in the order of the chunks.
+    """
+    in_work = []
+
+    def advance():
+        """A step of each chunk in turn, up to the first that is done."""
+        for work in in_work:
+            if _step(work):
+                in_work.remove(work)
+                written_back(work[0])
+                return
+
+    def written_back(chunk):
+        if active is not None:
+            for name in ("terms", "stats", "d_hidden", "errors"):
+                if getattr(chunk, name) is not None:
+                    getattr(outputs, name)[chunk.tokens] = getattr(chunk, name)
+
     active = None
     count = len(tensors.student_hidden)
     if compact:
@@ -182,9 +225,22 @@ def _over_chunks(tensors: Tensors, chunk_tokens, token_alignment, kernel, compac
             kept_dz=None if kept is None else outputs.kept_dz[begin * len(kept) :],
             kept_columns=kept,
         )
-        kernel(chunk)
-        if active is not None:
-            for name in ("terms", "stats", "d_hidden", "errors"):
-                if getattr(chunk, name) is not None:
-                    getattr(outputs, name)[tokens] = getattr(chunk, name)
+        work = chunk, kernel(chunk) or iter(())
+        if _step(work):
+            written_back(chunk)
+            continue
+        in_work.append(work)
+        while len(in_work) == IN_WORK:
+            advance()
+    while in_work:
+        advance()
     return count
+
+
+IN_WORK = 2  # chunks at a time, of kernels that yield
+
+
+def _step(work: tuple[Chunk, Iterator]) -> bool:
+    """Whether the chunk is done."""
+    done = object()
+    return next(work[1], done) is done

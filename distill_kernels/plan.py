@@ -22,6 +22,7 @@ class Schedule:
     most_tokens: int | None = None  # larger chunks would not be faster
     most_bytes: int | None = None  # nor would more memory for a chunk's tokens; `workspace_mib` alone limits what is fixed
     token_alignment: int = 1  # chunks are allocated in multiples of this
+    in_flight: int = 1  # chunks at a time: one works while numbers of another are on their way to other ranks
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
     row_bytes: int = 0  # temporaries for each of `Plan.row_tokens` tokens; 0: the kernel has none
@@ -103,7 +104,7 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     """Raises ValueError if `workspace_mib` cannot hold one token (or one aligned group of tokens)."""
     element = problem.compute_dtype.itemsize
     logits_bytes = problem.vocabulary * element * (2 if problem.teacher_dim else 1) if schedule.keeps_logits else 0
-    token_bytes = logits_bytes + schedule.token_bytes
+    token_bytes = (logits_bytes + schedule.token_bytes) * schedule.in_flight
     alignment = schedule.token_alignment
     kept = problem.kept_columns
     saved_token_bytes = kept * element if problem.keeps_dz else 0

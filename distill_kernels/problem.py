@@ -5,7 +5,7 @@ row for each token. Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -76,6 +76,9 @@ class Problem:
     listed: int = 0  # vocabulary entries that each token lists, at most: the loss is of those and of the sum of the others (`listed`)
     stats: bool = False
     compact: bool = False  # some tokens may be masked
+    group: str = ""  # name of the process group whose ranks each have a shard of the vocabulary; "": it is whole
+    shard_sizes: tuple[int, ...] = ()  # entries of each rank's shard, this one's `vocabulary`; () until the ranks have told each other
+    shares_d_hidden: bool = False  # each rank is to get its own share of d_hidden, instead of the sum over all of them
     workspace_mib: int = WORKSPACE_MIB
 
     @property
@@ -85,6 +88,15 @@ class Problem:
     @property
     def gradient(self) -> bool:
         return self.d_hidden or self.d_weight or self.d_bias
+
+    @property
+    def whole_vocabulary(self) -> int:
+        return sum(self.shard_sizes) if self.shard_sizes else self.vocabulary
+
+    @property
+    def largest_shard(self) -> "Problem":
+        """What is planned for, so that the ranks of a group go through the same chunks."""
+        return replace(self, vocabulary=max(self.shard_sizes)) if self.shard_sizes else self
 
     @property
     def kept_columns(self) -> int:
@@ -102,13 +114,14 @@ class Problem:
     def can_keep_dz(self) -> bool:
         """Whether forward can keep the columns of dz that gradients made in backward go over: they take at most half of the workspace
         and leave room for the logits of 64 tokens (of the kept columns only, if a sweep is quantised), their number does not have to be
-        found out, and d_bias, which is of all columns, is not asked for."""
+        found out, d_bias, which is of all columns, is not asked for, and the vocabulary is whole."""
         element, workspace = self.compute_dtype.itemsize, self.workspace_mib * 2**20
         kept_bytes = self.tokens * self.kept_columns * element
         logits_bytes = 64 * 2 * (self.kept_columns if self.swept else self.vocabulary) * element
         fits = 2 * kept_bytes <= workspace and kept_bytes + logits_bytes <= workspace
         gradient = self.d_hidden or self.d_weight
-        return bool(gradient and self.kept_columns and fits and not self.gradient_tolerance and not self.d_bias)
+        excluded = self.gradient_tolerance or self.d_bias or self.group  # ranks of a group might not all have room
+        return bool(gradient and self.kept_columns and fits and not excluded)
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -200,7 +213,10 @@ def check_options(
     finite_number("sweep_tolerance", sweep_tolerance, above=0, optional=True)
     check_sweep(sweep, column_fraction)
     if process_group is not None:
-        raise NotImplementedError("process_group: vocabulary-parallel heads are not available yet; gather the heads and pass None")
+        if column_fraction == "auto":
+            raise NotImplementedError('column_fraction="auto" is not available with a process_group; pass a number')
+        if sweep is not None:
+            raise NotImplementedError("a quantised sweep is not available with a process_group; pass sweep=None")
 
 
 def check_matrix(name, tensor, dim=None):

@@ -10,6 +10,7 @@ from distill_kernels import autograd
 from distill_kernels import problem as contract
 from distill_kernels import quantised as sweeps
 from distill_kernels.api import heads, per_token
+from distill_kernels.api.vocabulary_shards import group_name
 from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import STUDENT_ENTROPY, resolve
 
@@ -268,8 +269,9 @@ def _distillation_loss(
 
     dtype = per_token.compute_dtype(student_hidden, teacher_hidden)
     valid, factor = per_token.factors(tokens, labels, token_weight, num_items, options, dtype, student_hidden.device)
+    group = group_name(options["process_group"])
     if labels is not None:
-        labels = per_token.marked("labels", labels, valid, student_weight.shape[0])
+        labels = per_token.marked("labels", labels, valid, None if group else student_weight.shape[0])
     if options["temperature_squared"]:
         kd = kd * options["temperature"] ** 2
     coefficients = per_token.per_term(factor.reshape(-1), kd, ce, z_loss)
@@ -290,6 +292,7 @@ def _distillation_loss(
         sweep=options["sweep"] or "",
         sweep_tolerance=float("inf") if options["sweep_tolerance"] is None else options["sweep_tolerance"],
         compact=labels is not None or token_weight is not None,
+        group=group,
         **{
             name: options[name]
             for name in (

@@ -40,9 +40,10 @@ def factors(tokens, labels, token_weight, num_items, options, dtype, device) -> 
 
 
 def marked(name, labels, valid, vocabulary):
-    """Labels with contract.NO_LABEL where they are not valid; checked here under the caller's name, and again below if compiled."""
+    """Labels with contract.NO_LABEL where they are not valid; checked here under the caller's name, and again below if compiled, or if the
+    size of the vocabulary is not known here (None)."""
     labels = torch.where(valid, labels, contract.NO_LABEL)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and vocabulary is not None:
         contract.check_labels(name, labels, vocabulary)
     return labels
 

@@ -16,6 +16,7 @@ from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, panel_bytes
 from distill_kernels.sampling import Library, Sampler, sampled_bytes
+from distill_kernels.shards import Shards
 
 SAMPLED_TOKENS = 192  # of a chunk whose gradient columns are sampled: the more tokens share a sample, the flatter their columns are
 
@@ -44,6 +45,7 @@ def schedule(problem: Problem) -> Schedule:
         )
     return Schedule(
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
+        in_flight=chunked.IN_WORK if problem.group else 1,
         # The chunk's hidden states widened, and its d_hidden.
         token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes + listed_bytes(problem),
         fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,
@@ -52,7 +54,8 @@ def schedule(problem: Problem) -> Schedule:
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
-    plan = make_plan(problem, schedule(problem))
+    largest = problem.largest_shard
+    plan = make_plan(largest, schedule(largest))
     return (_run_swept if problem.swept else _run_chunked)(problem, tensors, plan)
 
 
@@ -71,20 +74,24 @@ def _run_chunked(problem, tensors, plan):
     dtype, device = problem.compute_dtype, tensors.student_hidden.device
     products = Products(problem, device)
     sampler = Sampler(problem, tensors, plan)
-    student_space, teacher_space = (
-        torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
+    shards = Shards.of(problem)
+    in_work = 1 if shards is None else chunked.IN_WORK
+    student_spaces, teacher_spaces = (
+        torch.empty(in_work if wanted else 0, plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device)
         for wanted in (True, problem.teacher_dim)
     )
+    first_entry = 0 if shards is None else shards.begin
     biases = [None if bias is None else bias.to(dtype) for bias in (tensors.student_bias, tensors.teacher_bias)]
 
     def kernel(chunk: chunked.Chunk):
-        count = chunk.student_hidden.shape[0]
-        student_logits, teacher_logits = student_space[:count], None
+        count, space = chunk.student_hidden.shape[0], chunk.index % in_work
+        student_logits, teacher_logits = student_spaces[space, :count], None
         products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
-        if teacher_space is not None:
-            teacher_logits = teacher_space[:count]
+        if problem.teacher_dim:
+            teacher_logits = teacher_spaces[space, :count]
             products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
-        row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, chunk.labels, chunk.coefficients, chunk.terms, chunk.stats))
+        of_tokens = chunk.labels, chunk.coefficients, chunk.terms, chunk.stats
+        yield from row_kernel(problem, plan, Rows(student_logits, teacher_logits, *biases, *of_tokens, first_entry), shards)
         dz = student_logits
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0), out=chunk.d_bias)

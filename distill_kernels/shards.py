@@ -1,0 +1,130 @@
+"""A vocabulary in shards: each rank of a process group holds some rows of both heads, and all of them hold all tokens.
+
+A rank computes what it can from its own rows. What a token's loss and gradient ask of the whole vocabulary is a few numbers, as if the
+ranks were parts of one row kernel: they are gathered by all ranks, and put together by each in the order of the ranks. So every rank has
+the same bits, and the same from run to run, and one exchange does for what would be a sum after a maximum. A token costs each rank
+
+    STATISTICS numbers   maxima and sums of exponentials of both models, for the log-sum-exps
+    SUMS numbers         once those are known: sums of divergence and slopes, of the cross entropy, and of the stats
+    D_s numbers          its share of d_hidden, which is added up; only where that gradient is asked for
+
+of 4 bytes (8 in float64), handed to each other rank. The gradient of a rank's rows of the head is its own. Before the first chunk the ranks
+compare what they were called with (`join`).
+
+Columns of sampled gradients (`columns`) are drawn by each rank from its own, as many of them as its share of the vocabulary says. A product
+over the vocabulary is the sum of the shards' products, so the estimate of the sum is as unbiased as that of each.
+"""
+
+import hashlib
+from collections.abc import Generator
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from distill_kernels.problem import Problem, Tensors
+
+STATISTICS, SUMS = 6, 8
+# Its name before torch 2.13.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+# Fields of a problem that are each rank's own.
+_OWN = ("vocabulary", "device", "group", "shard_sizes")
+_PLACES = 16  # of a tensor's entries, that are compared to see whether all ranks hold the same tokens
+# How far an entry may be off: ranks may have run the models each for itself, and rounded otherwise.
+_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Shards:
+    group: distributed.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]  # entries of each rank
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Shards | None":
+        """None if the vocabulary is whole."""
+        if not problem.group:
+            return None
+        group = distributed.distributed_c10d._resolve_process_group(problem.group)
+        return cls(group, distributed.get_rank(group), tuple(problem.shard_sizes))
+
+    @property
+    def begin(self) -> int:
+        """The first entry of this rank's."""
+        return sum(self.sizes[: self.rank])
+
+    def gather(self, values: Tensor) -> Generator[None, None, Tensor]:
+        """Returns (ranks, ...), every rank's values (...). It yields once, while they are on their way."""
+        values = values.contiguous()
+        everyone = values.new_empty(distributed.get_world_size(self.group), *values.shape)
+        work = _all_gather(everyone.view(-1, *values.shape[1:]), values, group=self.group, async_op=True)
+        yield
+        work.wait()
+        return everyone
+
+    def add_up(self, values: Tensor) -> Generator[None, None, None]:
+        """Puts the sum of every rank's values in their place. It yields once, while they are on their way."""
+        work = distributed.all_reduce(values, group=self.group, async_op=True)
+        yield
+        work.wait()
+
+
+def waited_for(exchange: Generator):
+    """What an exchange returns."""
+    while True:
+        try:
+            next(exchange)
+        except StopIteration as done:
+            return done.value
+
+
+def join(problem: Problem, tensors: Tensors) -> Problem:
+    """The problem with the sizes of all ranks' shards; as it is where the vocabulary is whole.
+
+    Every rank says what it was called with, in a message whose size does not depend on that, and waits for the others. Raises ValueError, on
+    every rank, if one was called with other options, other shapes or other tokens.
+    """
+    shards = Shards.of(problem)
+    if shards is None:
+        return problem
+    options = {field.name: getattr(problem, field.name) for field in fields(problem) if field.name not in _OWN}
+    if problem.divergence is not None:
+        options["divergence"] = problem.divergence.name, problem.divergence.parameters
+    options |= {f"{name} or none": tensor is None for name, tensor in tensors._asdict().items()}
+    held = {name: _sampled(tensors, name) for name in ("student_hidden", "teacher_hidden", "labels", "coefficients")}
+    words = torch.tensor([problem.vocabulary, *map(_digest, options.values())], dtype=torch.int64, device=problem.device)
+    said = waited_for(shards.gather(torch.cat([words, *(places.view(torch.int64) for places in held.values())]))).cpu()
+    words, *places = said.split([len(words), *[_PLACES] * len(held)], 1)
+    for i, name in enumerate(options, 1):
+        _refuse(words[:, i] != words[0, i], f"were called with another {name.replace('_', ' ')} than rank 0")
+    for name, entries in zip(held, places, strict=True):
+        entries = entries.contiguous().view(torch.float64)
+        tolerance = 0.0 if name == "labels" else _TOLERANCE
+        other = ~torch.isclose(entries, entries[:1], rtol=tolerance, atol=0.0, equal_nan=True)
+        _refuse(
+            other.sum(1) > (0 if name == "labels" else _PLACES // 2),
+            f"hold other {name.replace('_', ' ')} than rank 0: all ranks of a group have the same tokens, and only the vocabulary is divided "
+            "(a head that is sharded over data-parallel ranks is whole inside the wrapped module's forward: call the loss there)",
+        )
+    return replace(problem, shard_sizes=tuple(words[:, 0].tolist()))
+
+
+def _digest(value) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
+
+
+def _sampled(tensors: Tensors, name: str) -> Tensor:
+    """(_PLACES,) float64: entries from all over a tensor, 0 where a token counts for nothing."""
+    tensor = getattr(tensors, name)
+    if tensor is None or not tensor.numel():
+        return tensors.coefficients.new_zeros(_PLACES, dtype=torch.float64)
+    places = torch.linspace(0, tensor.numel() - 1, _PLACES, dtype=torch.float64, device=tensor.device).long()
+    counts = (tensors.coefficients != 0).any(-1)[places // (tensor.numel() // len(tensor))]
+    return torch.where(counts, tensor.reshape(-1)[places].double(), 0.0)
+
+
+def _refuse(differ: Tensor, how: str):
+    if differ.any():
+        ranks = differ.nonzero().squeeze(-1).tolist()
+        raise ValueError(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of the process group {how}")
