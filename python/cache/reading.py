@@ -56,14 +56,16 @@ class CachedTeacher:
     def as_teacher(self) -> dict[str, Any]:
         """The teacher's keyword arguments of distillation_loss, exact over the full vocabulary and at any temperature."""
         if self.hidden is None:
-            raise CacheError("a top-k cache has no hidden states; use sparse_distillation_loss(**as_sparse_teacher())")
+            raise CacheError("a top-k cache has no hidden states; use sparse_distillation_loss(**as_sparse_teacher(tail))")
         return {"teacher_hidden": self.hidden, **{f"teacher_{name}": value for name, value in vars(self.head).items()}}
 
-    def as_sparse_teacher(self) -> dict[str, Any]:
-        """teacher_ids and teacher_logprobs of sparse_distillation_loss, which must be called at `temperature`."""
+    def as_sparse_teacher(self, tail: str) -> dict[str, Any]:
+        """The teacher's keyword arguments of sparse_distillation_loss, `tail` among them; with "bucket" the tail's mass as it was kept."""
         if self.top_ids is None:
             raise CacheError("a cache of hidden states has no lists of tokens; use distillation_loss(**as_teacher())")
-        return {"teacher_ids": self.top_ids, "teacher_logprobs": self.top_logprobs}
+        mass = {"teacher_tail_mass": self.tail_mass} if tail == "bucket" else {}
+        lists = {"teacher_ids": self.top_ids, "teacher_logprobs": self.top_logprobs, "teacher_temperature": self.temperature}
+        return {"tail": tail, **lists, **mass}
 
 
 class TeacherCache:
