@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import BACKENDS, assert_as_good_as_eager, make_labels, make_token_weight
+from document_blocks import run_python_blocks
 from sparse_cases import TAILS, TOKENS, VOCABULARY, everything, make_case, results_of
 
 import distill_kernels
@@ -89,6 +90,33 @@ def test_rest_keeps_its_digits_where_next_to_nothing_is_left(backend):
 def test_list_of_everything_leaves_a_rest_of_the_floor(backend):
     _, rest = selected_logprobs(torch.randn(2, 5), torch.randn(7, 5), torch.arange(7).expand(2, 7).contiguous(), backend=backend)
     assert (rest == distill_kernels.divergences.LOG_PROBABILITY_FLOOR).all()
+
+
+@BOTH
+@pytest.mark.parametrize("shift", [-500.0, 500.0])
+def test_all_logits_may_be_far_from_zero(shift, backend):
+    """There is nothing else that the largest could be taken from, where everything is listed."""
+    bias = torch.full((7,), shift)
+    hidden, weight, ids = torch.randn(2, 5), torch.randn(7, 5), torch.arange(7).expand(2, 7).contiguous()
+    for listed in (ids, ids[:, :3]):
+        logprobs, _ = selected_logprobs(hidden, weight, listed, bias=bias, backend=backend)
+        want = (hidden @ weight.T).log_softmax(-1)[:, : listed.shape[1]]
+        torch.testing.assert_close(logprobs, want, rtol=0, atol=1e-4)  # float32 has 3e-5 at 500
+
+
+@BOTH
+def test_log_probability_below_the_floor_is_a_constant(backend):
+    hidden, bias = torch.randn(2, 5, requires_grad=True), torch.zeros(7)
+    weight, ids = torch.randn(7, 5), torch.tensor([[0, 1], [2, 1]])
+    bias[1] = -2e4
+    logprobs, rest = selected_logprobs(hidden, weight, ids, bias=bias, backend=backend)
+    assert (logprobs[:, 1] == distill_kernels.divergences.LOG_PROBABILITY_FLOOR).all() and (logprobs[:, 0] > -100).all()
+    assert not torch.autograd.grad(logprobs[:, 1].sum(), hidden, retain_graph=True)[0].any()
+    assert torch.autograd.grad(logprobs[:, 0].sum(), hidden, retain_graph=True)[0].any(-1).all()
+    bias = torch.tensor([0.0, 0.0, 0.0, -2e4, -2e4, -2e4, -2e4])
+    logprobs, rest = selected_logprobs(hidden, weight, torch.tensor([[0, 1, 2]] * 2), bias=bias, backend=backend)
+    assert (rest == distill_kernels.divergences.LOG_PROBABILITY_FLOOR).all()
+    assert not torch.autograd.grad(rest.sum(), hidden)[0].any()
 
 
 @BOTH
@@ -364,6 +392,9 @@ REFUSED = {
     "integer logprobs": (changed(case=FULL._replace(logprobs=FULL.ids)), TypeError, "teacher_logprobs must be float32"),
     "NaN": (changed(case=with_logprobs(math.nan)), ValueError, "teacher_logprobs must be logarithms of probabilities.*got nan in row 4"),
     "logits": (changed(case=with_logprobs(3.0)), ValueError, "those of a row must not sum to more than 1, got 20.* in row 4"),
+    "a little too much": (
+        changed(case=FULL._replace(logprobs=torch.full_like(FULL.logprobs, -2.3))), ValueError, "must not sum to more than 1, got 1.1",
+    ),
     "no probability": (
         changed(case=with_logprobs(-math.inf, at=4), tail="renormalise"), ValueError, "wants at least one probability.* row 4",
     ),
@@ -438,6 +469,10 @@ def test_flawed_rows_are_nan_where_checks_would_wait_for_the_device(monkeypatch)
         assert gradient[:4].isnan().all() and gradient[4:].isfinite().all()
         made, rest = selected_logprobs(FULL.hidden, FULL.weight, ids, backend=backend)
         assert made[:2].isnan().all() and rest[:2].isnan().all() and made[2:].isfinite().all()
+
+
+def test_blocks_of_the_page_run():
+    assert run_python_blocks("docs/sparse-teachers.md", at_least=3)["loss"].isfinite()
 
 
 def test_weights_of_tokens_scale_their_gradients():
