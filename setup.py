@@ -42,7 +42,7 @@ cuda = Extension(
     include_dirs=[get_include()],
     define_macros=[("DK_MODULE", "_cuda")],
     extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-gencode={chip}" for chip in CHIPS)],
-    extra_link_args=["-shared", "-cudart=static"],
+    extra_link_args=["-shared", "-cudart=static", *(f"-gencode={chip}" for chip in CHIPS)],
     depends=headers("cuda", "generated"),
 )
 candidates = [str(Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin", "nvcc")), "nvcc", "/usr/local/cuda/bin/nvcc"]

@@ -21,6 +21,7 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 CACHE = ROOT / "build" / "cuda_emulation"
 CXX = shutil.which("g++")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDK_EMULATED", f"-I{EMULATION}")
+PARTS = ("scheduler", "instructions", "hopper")
 MODULE = "_cuda_emulated"
 # Of a sanitizer: how kernels are compiled, and what the scheduler, which is not to be instrumented, has to know.
 SANITIZERS = {
@@ -75,7 +76,7 @@ def objects(sources, sanitizer="", flags=()):
     """Of kernels, and of the emulation that they run in."""
     of_kernels, of_emulation = SANITIZERS[sanitizer]
     work = [(source, (*FLAGS, *of_kernels, *flags)) for source in sources]
-    work += [(source, (*FLAGS, "-O2", *of_emulation)) for source in sorted(EMULATION.glob("*.cpp"))]
+    work += [(EMULATION / f"{name}.cpp", (*FLAGS, "-O2", *of_emulation)) for name in PARTS]
     with ThreadPool(2) as pool:
         return pool.starmap(object_of, work)
 
@@ -105,4 +106,5 @@ def module(csrc=ROOT / "csrc"):
 def program(main, kernels, sanitizer="", csrc=ROOT / "csrc"):
     """A program by itself: `main`, a C++ file, with kernels, named as files of csrc/cuda are."""
     require()
-    return built(Path(main).stem, [Path(main), *(csrc / "cuda" / f"{kernel}.cu" for kernel in kernels)], csrc, sanitizer, (f"-I{csrc}",), ())
+    sources = [Path(main), *(csrc / "cuda" / f"{kernel}.cu" for kernel in kernels)]
+    return built(Path(main).stem, sources, csrc, sanitizer, (f"-I{csrc}",), ())
