@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from cache_writer import OPTIONS, VOCABULARY, WIDTH, contents, matrix, rows, teacher
+from document_blocks import run_python_blocks
 from torch.utils.data import DataLoader
 
 import distill_kernels
@@ -498,3 +499,11 @@ def test_nothing_is_pickled(whole):
             header = int.from_bytes(data[:8], "little")
             ends = [entry["data_offsets"][1] for key, entry in json.loads(data[8 : 8 + header]).items() if key != "__metadata__"]
             assert name.endswith(".safetensors") and 8 + header + max(ends) == len(data), "tensors and nothing else"
+
+
+def test_the_documentation_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    namespace = run_python_blocks("docs/offline-teachers.md", at_least=4)
+    assert namespace["report"].complete and float(namespace["loss"].detach()) > 0
+    assert any(parameter.grad.abs().sum() > 0 for parameter in namespace["student"].parameters())

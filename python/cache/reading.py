@@ -105,10 +105,12 @@ class TeacherCache:
         """
         path = Path(path)
         plan, files = _index(path)
-        if [file["name"] for file in files] != list(plan.files()):
+        if [file["name"] for file in files] != list(plan.files):
             raise CacheError(f"{path / layout.INDEX} is damaged: its list of files does not fit its plan")
-        for file in files:
-            mapped_shards.check_file(path, plan, file)
+        for place, file in enumerate(files):
+            # The head comes first, where there is one.
+            shard = place - (plan.kind == "hidden")
+            mapped_shards.check_file(path, plan, file, None if shard < 0 else shard)
         if vocabulary is not None and vocabulary != plan.vocabulary:
             raise CacheError(f"{path} is of a teacher with {plan.vocabulary} vocabulary entries, wanted {vocabulary}")
         if tokenizer is not None and plan.tokenizer_sha256 is None:
