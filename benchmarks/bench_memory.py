@@ -17,6 +17,7 @@ import torch
 
 import distill_kernels
 from benchmarks import cases, record
+from distill_kernels.api import peak_memory
 from distill_kernels.columns import LEAST_TOKENS
 from distill_kernels.problem import WORKSPACE_MIB
 
@@ -40,10 +41,6 @@ def results():
 def measure(tokens, vocabulary, student_dim, teacher_dim, dtype, variant) -> dict:
     """One step in this process; bytes."""
 
-    def status(field):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-
     options = {"column_fraction": 0.08, "sweep": "int8", "sweep_tolerance": None} if variant == "native-int8" else {}
     loss = cases.eager if variant == "eager" else cases.fused(variant.partition("-")[0], **options)
     step = cases.forward_only(loss) if variant.endswith("-forward") else cases.forward_backward(loss)
@@ -54,14 +51,11 @@ def measure(tokens, vocabulary, student_dim, teacher_dim, dtype, variant) -> dic
         for head in heads:
             head.quantised("int8")
         step = cases.forward_backward(lambda hidden, _, teacher_hidden, __: loss(hidden, heads[0], teacher_hidden, heads[1]))
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM starts again from here
-    before = status("VmRSS")
-    step(*tensors)
+    peak = peak_memory.above(lambda: step(*tensors), tensors[0].device)
     made = [t.grad for t in tensors[:2] if t.grad is not None]
     gradients = sum(gradient.nbytes for gradient in made)
     accumulators = sum(gradient.numel() * 4 for gradient in made) if dtype.itemsize < 4 else 0
-    return {"above": status("VmHWM") - before - gradients, "gradients": gradients, "accumulators": accumulators}
+    return {"above": peak - gradients, "gradients": gradients, "accumulators": accumulators}
 
 
 @pytest.mark.parametrize("variant", ["native", "native-forward", "native-int8", "torch", "eager"])

@@ -10,9 +10,13 @@ from importlib.metadata import distribution
 from pydoc_data.topics import topics
 
 import torch
-import torch.nn.functional as F
 
 import distill_kernels
+from distill_kernels.api import loss_variants
+from distill_kernels.api.loss_variants import eager as eager
+from distill_kernels.api.loss_variants import forward_backward as forward_backward
+from distill_kernels.api.loss_variants import gradient_error as gradient_error
+from distill_kernels.api.loss_variants import peers as peers
 from distill_kernels.api.models import load_causal_lm
 
 
@@ -27,16 +31,10 @@ class Case:
 
     def tensors(self, dtype=torch.float32):
         """student_hidden (N, D_s), student_weight (V, D_s), both requiring grad; teacher_hidden (N, D_t), teacher_weight (V, D_t)."""
-        torch.manual_seed(0)
-        made = _smollm2(self.tokens) if self.real else self._synthetic()
+        sizes = self.tokens, self.vocabulary, self.student_dim, self.teacher_dim
+        made = _smollm2(self.tokens) if self.real else loss_variants.random_problem(*sizes)
         student_hidden, student_weight, teacher_hidden, teacher_weight = (t.to(dtype) for t in made)
         return student_hidden.requires_grad_(), student_weight.requires_grad_(), teacher_hidden, teacher_weight
-
-    def _synthetic(self):
-        # Heads of 1/√D entries and hidden states of unit ones give logits of unit variance: flat, which only the values feel.
-        for dim in (self.student_dim, self.teacher_dim):
-            yield torch.randn(self.tokens, dim)
-            yield torch.randn(self.vocabulary, dim) / dim**0.5
 
     @property
     def forward_flops(self):
@@ -67,50 +65,8 @@ def _smollm2(tokens):
     return early.flatten(0, 1), head, states[-1].flatten(0, 1), head.clone()
 
 
-def eager(student_hidden, student_weight, teacher_hidden, teacher_weight):
-    """What one writes without a library: logits, float32 softmaxes, KL."""
-    log_q = F.log_softmax((student_hidden @ student_weight.T).float(), -1)
-    with torch.no_grad():
-        log_p = F.log_softmax((teacher_hidden @ teacher_weight.T).float(), -1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-
-
 def fused(backend, **options) -> Callable:
     return lambda *tensors: distill_kernels.distillation_loss(*tensors, backend=backend, **options)
-
-
-def peers(compiled=False) -> dict[str, Callable]:
-    """The same forward KL by other libraries, those that are installed: losses of the tensors, averaged over tokens.
-
-    compiled: Liger compiles the loss of a chunk, as it does unless told not to.
-    """
-    found = {}
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    except ImportError:
-        pass
-    else:
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
-
-        def liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
-            labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
-            loss = liger(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
-            return loss[0] if isinstance(loss, tuple) else loss
-
-        found["liger"] = liger_loss
-    try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    except ImportError:
-        pass
-    else:
-
-        def trl_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
-            # Biases, beta, temperature, then scale and softcap of either model.
-            student, teacher, options = (student_hidden, student_weight, None), (teacher_hidden, teacher_weight, None), (0.0, 1.0)
-            return ChunkedDivergenceFunction.apply(*student, *teacher, *options, 1.0, None, 1.0, None)[0].mean()
-
-        found["trl"] = trl_loss
-    return found
 
 
 def forward_only(loss) -> Callable:
@@ -119,18 +75,6 @@ def forward_only(loss) -> Callable:
     def step(*tensors):
         with torch.no_grad():
             return loss(*tensors)
-
-    return step
-
-
-def forward_backward(loss, scale=1.0) -> Callable:
-    """The whole step of a loss: value and both gradients, those times `scale`, as a loss scaler has them for float16."""
-
-    def step(student_hidden, student_weight, teacher_hidden, teacher_weight):
-        student_hidden.grad = student_weight.grad = None
-        value = loss(student_hidden, student_weight, teacher_hidden, teacher_weight)
-        (value * scale).backward()
-        return value
 
     return step
 
@@ -153,11 +97,6 @@ def all_products(student_hidden, student_weight) -> Callable:
             dz.T @ tensors[0]
 
     return step
-
-
-def gradient_error(tensors, truth, scale) -> float:
-    """Largest relative Frobenius error of the two gradients."""
-    return max(float((t.grad.float() / scale - g).norm() / g.norm()) for t, g in zip(tensors[:2], truth, strict=True))
 
 
 def check(step, tensors, truth, bound, scale=1.0):

@@ -163,15 +163,21 @@ def launches(
             _launch_swept(launcher, problem, tensors, chunk)
         elif fused:
             launcher.sweep(chunk)
+        elif problem.listed:
+            _launch_listed(launcher, problem)
         else:
             logits = [_new(problem.tokens, problem.vocabulary) if dim else None for dim in (problem.student_dim, problem.teacher_dim)]
-            dz, dz_scale = None, None
-            if problem.gradient:
-                narrow = problem.student_dtype.itemsize == 2
-                dz = _new(problem.tokens, problem.vocabulary, dtype=problem.student_dtype) if narrow else logits[0]
-                dz_scale = _new(1) if problem.student_dtype is torch.float16 else None
-            launcher.rows(chunk, *logits, dz, dz_scale)
+            launcher.rows(chunk, *logits, *_dz(problem, logits[0]))
     return made
+
+
+def _dz(problem, logits):
+    """dz and its scale, or None each."""
+    if not problem.gradient:
+        return None, None
+    narrow = problem.student_dtype.itemsize == 2
+    dz = _new(problem.tokens, problem.vocabulary, dtype=problem.student_dtype) if narrow else logits
+    return dz, _new(1) if problem.student_dtype is torch.float16 else None
 
 
 def _new(*shape, dtype=torch.float32):
@@ -220,6 +226,13 @@ def _launch_swept(launcher, problem, tensors, chunk):
     x, y = _new(tokens, kept), None if teacher is None else _new(tokens, kept)
     launcher.differences(x, y, *both(columns), weights, references)
     launcher.kept_gradient(chunk, x, y, columns, weights, _new(7, tokens), _new(tokens, kept))
+
+
+def _launch_listed(launcher, problem):
+    """As backends.triton.run_listed does."""
+    logits, ids = _new(problem.tokens, problem.vocabulary), _new(problem.tokens, problem.listed, dtype=torch.int64)
+    listed, others = launcher.listed(logits, ids)
+    launcher.listed_gradient(logits, ids, listed, others, torch.empty_like(listed), _new(problem.tokens, 2), *_dz(problem, logits))
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> tuple[float, str]:

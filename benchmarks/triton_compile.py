@@ -45,6 +45,7 @@ def cases(target: str, check: bool):
         return  # what it does otherwise than the target whose configurations it has
     yield from _sweep_cases(target, check)
     yield from _row_cases(target, check)
+    yield from _listed_cases(target, check)
 
 
 def _problem(tokens, dtype, divergence, fewer=0, **options):
@@ -138,6 +139,15 @@ def _row_cases(target, check):
         for dtype in (torch.float16, torch.float32):
             for launch in triton_ahead.launches(target, _problem(1024, dtype, FORWARD_KL, **GRADIENTS)):
                 yield "forward_kl", launch, dtype, None
+
+
+def _listed_cases(target, check):
+    for dtype in (torch.bfloat16,) if check else (torch.bfloat16, torch.float16, torch.float32):
+        plain, everything = {}, EVERYTHING | {"label_smoothing": 0.0, "teacher_softcap": None}
+        for variant, options in (("64 entries with everything", everything), *(() if check else (("64 entries", plain),))):
+            problem = triton_ahead.problem(1024, VOCABULARY, STUDENT_DIM, 0, dtype, None, listed=64, **options, **GRADIENTS)
+            for launch in triton_ahead.launches(target, problem, bias=bool(options)):
+                yield variant, launch, dtype, None
 
 
 def _configuration(launch):

@@ -3,49 +3,26 @@
 A loss step is the loss and its gradients alone: hidden states and heads in, gradients of the student's hidden states and head out.
 """
 
-import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from distill_kernels.api import loss_variants, peak_memory
 from distill_kernels.api.losses import distillation_loss
 
 REPETITIONS = 5
 WARM_UP_TOKENS = 8
-STATUS = Path("/proc/self/status")
 # Both sum 49,152 float32 terms in different orders; a wrong kernel is wrong by orders of magnitude more.
 LARGEST_DIFFERENCE = 1e-3
 
 
-def _eager_loss(
-    *, student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
-    teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
-) -> Tensor:  # fmt: skip
-    """Forward KL as it is written without the library: the float32 logits of both models, whole."""
-
-    def log_probabilities(hidden, weight, bias, logit_scale, softcap):
-        logits = F.linear(hidden, weight, bias)
-        if logit_scale != 1:
-            logits = logit_scale * logits
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return F.log_softmax(logits, dim=-1)
-
-    student = log_probabilities(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
-    with torch.no_grad():
-        teacher = log_probabilities(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-VARIANTS = {"fused": distillation_loss, "eager": _eager_loss}
+VARIANTS = {"fused": distillation_loss, "eager": loss_variants.eager}
 
 
 def _step(variant: str, inputs: dict) -> tuple[Tensor, Tensor]:
@@ -97,34 +74,18 @@ def compare_loss_steps(inputs: dict, progress) -> dict:
 
 
 def _peak_bytes(variant: str, path: Path) -> int | None:
-    """Measured in a process of its own, where nothing of the demo has been allocated or cached."""
-    command = [sys.executable, "-m", __name__, variant, str(path), str(torch.get_num_threads())]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    """Above the inputs."""
+    return peak_memory.in_own_process(__name__, variant, str(path))
 
 
 def _measure_peak(variant: str, path: str) -> int | None:
-    """Bytes from this process's resident memory before the step to its peak during the step; None where the system does not tell."""
     inputs = torch.load(path)  # which writes every page of them
     few = {name: value[:WARM_UP_TOKENS] if name.endswith("hidden") else value for name, value in inputs.items()}
     # Thread pools and code pages are paid for here.
     _step(variant, few)
-    if not STATUS.exists():
-        return None
-    # What imports and the warm-up needed at their peak is forgotten, where the kernel allows it.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _memory("VmHWM"), _memory("VmRSS")
-    _step(variant, inputs)
-    peak = _memory("VmHWM")
-    # A peak that did not rise may be one from before the step. The kernel counts pages in batches, so tiny steps may seem to free some.
-    return None if peak == before[0] > before[1] else max(0, peak - before[1])
-
-
-def _memory(field: str) -> int:
-    """Bytes. getrusage's ru_maxrss would not do: a child process starts from its parent's."""
-    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field)) * 1024
+    return peak_memory.above(lambda: _step(variant, inputs), torch.device("cpu"))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_measure_peak(sys.argv[1], sys.argv[2])))
+    torch.set_num_threads(int(sys.argv[1]))
+    print(json.dumps(_measure_peak(*sys.argv[2:])))

@@ -11,28 +11,13 @@ from torch import Tensor, nn
 
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.heads import prepare_head
-from distill_kernels.api.losses import DistillationLoss, distillation_loss_and_stats
-from distill_kernels.api.models import next_token_labels, run_backbone, vocabulary_size
+from distill_kernels.api.models import run_backbone, vocabulary_size
+from distill_kernels.api.trainer_loss import IGNORED, NO_TEACHER, TARGETS, TrainerLoss, targets
 
 try:
     from transformers import Trainer
 except ImportError as error:
     raise ImportError(f'DistillationTrainer needs transformers and accelerate ({error}): pip install "distill_kernels[trainer]"') from error
-
-# What is logged, means over the tokens that are learned from: name -> the field of DistillationStats that it is made of.
-METRICS = {
-    "kd": "divergence",
-    "ce": "cross_entropy",
-    "top1_agreement": "top1_agreement",
-    "student_entropy": "student_entropy",
-    "teacher_entropy": "teacher_entropy",
-}
-_OF_A_TEACHER = ("kd", "top1_agreement", "teacher_entropy")
-
-_READ_FROM_THE_MODELS = ("student_logit_scale", "student_softcap", "teacher_logit_scale", "teacher_softcap")
-_SET_BY_THE_TRAINER = ("reduction", "ignore_index")
-_TARGETS = ("labels", "shift_labels")
-_IGNORED = -100
 
 
 class DistillationTrainer(Trainer):
@@ -53,8 +38,9 @@ class DistillationTrainer(Trainer):
         args: transformers.TrainingArguments. label_smoothing_factor smooths the cross entropy; use_liger_kernel is refused.
         teacher_model: a causal language model with the same vocabulary. It is put into evaluation mode, its parameters get
             requires_grad=False, and it is moved to the training device, unless it has a device map; its dtype stays what it is.
-        teacher_cache: a TeacherCache of hidden states, in place of teacher_model; rows of all data sets, evaluation's included, must be in
-            it. Batches are found by their token ids, or brought by its own data set and collator: without a data_collator, its is used.
+        teacher_cache: a TeacherCache, in place of teacher_model; rows of all data sets, evaluation's included, must be in it. They are
+            found by their token ids, or brought by its own data set and collator: without a data_collator, its is used. If it is one of
+            top-k log-probabilities, the loss is `sparse_distillation_loss`, whose `tail` is required then, and no metrics are logged.
         options: those of `distillation_loss` (divergence, temperature, kd_weight, ce_weight, column_fraction, ...; kd_weight=0 needs no
             teacher) and those of transformers.Trainer (train_dataset, data_collator, callbacks, ...). Logit scales and softcaps are read
             from the models.
@@ -78,10 +64,18 @@ class DistillationTrainer(Trainer):
         teacher_cache: TeacherCache | None = None,
         **options,
     ):
-        loss, trainer = _split(options)
-        _check_teachers(teacher_model, teacher_cache, loss)
+        known = inspect.signature(Trainer.__init__).parameters
+        trainer = {name: value for name, value in options.items() if name in known}
+        options = {name: value for name, value in options.items() if name not in known}
+        if teacher_model is not None and teacher_cache is not None:
+            raise TypeError("teacher_model and teacher_cache were both passed; wanted one teacher")
+        has_teacher = teacher_model is not None or teacher_cache is not None
+        if not has_teacher and options.get("kd_weight", 1.0) != 0:
+            raise TypeError("teacher_model and teacher_cache are missing; without a teacher pass kd_weight=0 and a ce_weight")
         if teacher_cache is not None and trainer.get("data_collator") is None:
             trainer["data_collator"] = teacher_cache.collate
+        smoothing = 0.0 if args is None else args.label_smoothing_factor
+        self.loss = TrainerLoss(options, label_smoothing=smoothing, has_teacher=has_teacher, cache=teacher_cache)
         if args is not None and getattr(args, "use_liger_kernel", False):
             raise ValueError(
                 "use_liger_kernel replaces the student's forward and loss, but here the loss is made of hidden states; set it to False"
@@ -91,14 +85,10 @@ class DistillationTrainer(Trainer):
         self.teacher_cache = teacher_cache
         super().__init__(model=model, args=args, **trainer)
         _check_parallelism(self)
-        if self.args.label_smoothing_factor != 0:
-            _smooth(loss, self.args.label_smoothing_factor)
-        self.loss_options = loss
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
         self._check_vocabulary()
         self._teacher_head = None  # quantised, of a loss with `sweep`
-        self._forwards = {reduction: _loss_as_forward(loss, reduction) for reduction in ("mean", "none")}
         self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
@@ -116,7 +106,7 @@ class DistillationTrainer(Trainer):
             teacher = vocabulary_size(self.teacher_model)
         elif self.teacher_cache is not None:
             teacher = self.teacher_cache.plan.vocabulary
-        if teacher not in (None, student) and self.loss_options.get("vocab_mismatch", "error") == "error":
+        if teacher not in (None, student) and self.loss.options.get("vocab_mismatch", "error") == "error":
             raise ValueError(
                 f"the student's LM head has {student} rows but the teacher's has {teacher}; if the first {min(student, teacher)} entries "
                 'mean the same tokens, pass vocab_mismatch="truncate" to compare those, renormalised'
@@ -136,7 +126,7 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([(_targets(batch) != _IGNORED).sum().to(device) for batch in batches]).sum()
+        count = torch.stack([(targets(batch) != IGNORED).sum().to(device) for batch in batches]).sum()
         if self.args.average_tokens_across_devices:
             count = self.accelerator.reduce(count, reduction="sum")
         return batches, count.clamp(min=1)
@@ -167,27 +157,27 @@ class DistillationTrainer(Trainer):
         """Trainer's, with the loss and the metrics as means over all tokens instead of over batches."""
         self._evaluated.take()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._named(self._evaluated.take(), ("loss", *METRICS))
+        means = dict(zip(("loss", *self.loss.metrics), self._evaluated.take(), strict=False))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs, start_time=None):
         """Trainer's; the loss of training steps is joined by the metrics of the same steps."""
         if "loss" in logs:
-            logs = {**logs, **self._named(self._trained.take(self.accelerator), METRICS)}
+            logs = {**logs, **dict(zip(self.loss.metrics, self._trained.take(self.accelerator), strict=False))}
         super().log(logs, start_time)
 
     def _loss_and_rows(self, model, inputs, num_items, reduction) -> tuple[Tensor, Tensor]:
-        """The loss, () or of each token (B, S), and sums over tokens of METRICS and their number, (B, 6): by the forward of `model`."""
+        """The loss, () or of each token (B, S), and sums over tokens for the metrics, (B, metrics + 1): by the forward of `model`."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         batch = self._student_inputs(inputs)
         with self.accelerator.autocast():
             teacher = self._teacher_output(inputs, batch)
-            with forward_replaced(student, self._forwards[reduction]):
-                return model(batch=batch, teacher=teacher, labels=_targets(inputs), num_items=num_items)
+            with forward_replaced(student, self.loss.forwards[reduction]):
+                return model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
 
     def _student_inputs(self, inputs) -> dict[str, Any]:
-        left_out = (*_TARGETS, *(self._cached_columns() if self.teacher_cache is not None else ()))
+        left_out = (*TARGETS, *(self._cached_columns() if self.teacher_cache is not None else ()))
         return {name: value for name, value in inputs.items() if name not in left_out}
 
     @torch.no_grad()
@@ -195,18 +185,14 @@ class DistillationTrainer(Trainer):
         if self.teacher_model is not None:
             output = run_backbone(self.teacher_model, **batch).as_teacher()
         elif self.teacher_cache is not None:
-            output = self.teacher_cache.teacher_output(inputs).as_teacher()
+            output = self.loss.teacher_arguments(self.teacher_cache.teacher_output(inputs))
         else:
-            return {"teacher_hidden": None, "teacher_weight": None}
-        if self.loss_options.get("sweep") is not None:
+            return NO_TEACHER
+        if self.loss.options.get("sweep") is not None:
             if self._teacher_head is None:
                 self._teacher_head = prepare_head(output["teacher_weight"])
             output["teacher_weight"] = self._teacher_head
         return output
-
-    def _named(self, means: list[float], names) -> dict[str, float]:
-        has_teacher = self.teacher_model is not None or self.teacher_cache is not None
-        return {name: mean for name, mean in zip(names, means, strict=False) if has_teacher or name not in _OF_A_TEACHER}
 
 
 @contextlib.contextmanager
@@ -226,20 +212,6 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-def _loss_as_forward(options: dict[str, Any], reduction: str) -> Callable:
-    """A forward of the student that returns its loss. It is made once, for a compiler takes another function to be another model."""
-
-    def forward(student, *, batch, teacher, labels, num_items):
-        learned = run_backbone(student, **batch)
-        loss, stats = distillation_loss_and_stats(
-            **learned.as_student(), **teacher, labels=labels, num_items=num_items, reduction=reduction, **options
-        )
-        columns = [*(getattr(stats, name) for name in METRICS.values()), stats.valid]
-        return loss, torch.stack([column.sum(-1).float() for column in columns], -1)
-
-    return forward
 
 
 class _TokenMeans:
@@ -263,60 +235,6 @@ class _TokenMeans:
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
         return (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-
-
-def _targets(batch) -> Tensor:
-    """Labels (B, S) of the next tokens, -100 where there is none to learn from."""
-    if batch.get("shift_labels") is not None:
-        return batch["shift_labels"]
-    if batch.get("input_ids") is None:
-        raise ValueError(f"the batch has no input_ids (batch, sequence), only {', '.join(batch)}")
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is not None and mask is not None and mask.dim() != 2:
-        mask = None  # it says who attends to whom, and the labels alone where there is a target
-    return next_token_labels(
-        batch["input_ids"], labels=labels, attention_mask=mask, position_ids=batch.get("position_ids"), ignore_index=_IGNORED
-    )
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(options of the loss, checked, and those of Trainer)."""
-    known = inspect.signature(Trainer.__init__).parameters
-    trainer = {name: value for name, value in options.items() if name in known}
-    loss = {name: value for name, value in options.items() if name not in known}
-    for names, reason in (
-        (_READ_FROM_THE_MODELS, "is read from the models"),
-        (_SET_BY_THE_TRAINER, "is set by the Trainer: means over tokens, labels of -100 left out"),
-    ):
-        for name in names:
-            if name in loss:
-                raise TypeError(f"{name} {reason}; it is no option of DistillationTrainer")
-    try:
-        DistillationLoss(**loss)
-    except TypeError as error:
-        raise TypeError(f"options of DistillationTrainer that are not of transformers.Trainer are the loss's: {error}") from error
-    return loss, trainer
-
-
-def _check_teachers(model: nn.Module | None, cache: TeacherCache | None, loss: dict[str, Any]):
-    if model is not None and cache is not None:
-        raise TypeError("teacher_model and teacher_cache were both passed; wanted one teacher")
-    if model is None and cache is None and loss.get("kd_weight", 1.0) != 0:
-        raise TypeError("teacher_model and teacher_cache are missing; without a teacher pass kd_weight=0 and a ce_weight")
-    if cache is not None and cache.plan.kind != "hidden":
-        raise ValueError(
-            f"teacher_cache is of the kind {cache.plan.kind!r}, wanted one of hidden states, which have the whole distribution"
-        )
-
-
-def _smooth(loss: dict[str, Any], factor: float):
-    """label_smoothing_factor of TrainingArguments as an option of the loss."""
-    if loss.get("label_smoothing", factor) != factor:
-        raise ValueError(f"label_smoothing is {loss['label_smoothing']} but args.label_smoothing_factor is {factor}; pass one of them")
-    if loss.get("ce_weight", 0.0) == 0:
-        raise ValueError(f"args.label_smoothing_factor is {factor}, of the cross entropy, but ce_weight is 0; pass a ce_weight")
-    loss["label_smoothing"] = factor
-    DistillationLoss(**loss)
 
 
 def _check_parallelism(trainer: Trainer):

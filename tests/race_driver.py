@@ -37,8 +37,8 @@ def aligned(*shape):
 
 
 def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, threads):
-    """Everything that run_chunk writes for one random chunk: with gradients of all columns, with those of a few, and with logits from a
-    quantised sweep that those correct."""
+    """Everything that run_chunk writes for one random chunk: with gradients of all columns, with those of a few, with logits from a
+    quantised sweep that those correct, and with entries that tokens list."""
     tokens, vocabulary, *dims = shape
     stride = -(-tokens // extension.token_alignment) * extension.token_alignment
     generator = np.random.default_rng(0)
@@ -99,6 +99,19 @@ def chunk(extension, isa, shape, bfloat16, keeps, gradients, stats, divergence, 
             extension.run_chunk(arguments, scratch.ctypes.data, threads, isa, stage)
 
     run(arguments, extension.Stage.whole)
+    width = min(5, vocabulary // 2)
+    if width and not stats:
+        ids = generator.permuted(np.tile(np.arange(vocabulary), (tokens, 1)), axis=1)[:, :width].ravel()
+        places = np.argsort(ids, kind="stable")
+        made = {name: aligned(tokens, columns) for name, columns in (("logits", width), ("others", 3))}
+        given = [generator.standard_normal((tokens, columns), dtype=np.float32) for columns in (width, 2)]
+        made |= {name: written[name].copy() for name in ("d_hidden", "d_weight", "d_bias") if gradients}
+        written |= {f"listed_{name}": array for name, array in made.items()}
+        listed = ids.size, address(ids[places]), address(places), width, address(made["logits"]), address(made["others"])
+        fixed = {"listed": (*listed, *map(address, given)), "labels": 0, "divergence": -1, "label_smoothing": 0.0}
+        fixed["teacher"] = arguments["teacher"] | {"weight": (0, 0, 0), "logits": 0}
+        fixed |= {name: address(array) for name, array in made.items() if name.startswith("d_")}
+        run(arguments | fixed, extension.Stage.listed, *([extension.Stage.listed_gradients] if gradients else []))
     if not gradients:
         return written
     sampled = {name: array.copy() for name, array in written.items()}

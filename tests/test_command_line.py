@@ -62,7 +62,7 @@ def test_doctor_json_is_json_alone(capsys):
     assert reasons["torch"] is None and reasons == distill_kernels.doctor()
 
 
-@pytest.mark.parametrize("command", ["demo", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "cache", "bench", "plan", "doctor"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

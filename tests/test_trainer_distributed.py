@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from trainer_processes import OPTIONS, loss_of_a_batch
+from trainer_runs import curve, distillation_trainer, make_student, make_teacher, trained
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from trainer_runs import curve, distillation_trainer, trained  # noqa: E402  transformers is there
-
-from distill_kernels.api.trainer import METRICS  # noqa: E402
+from distill_kernels.api.trainer_loss import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,6 @@ def folder(tmp_path_factory):
 
 def test_two_processes_equal_one(folder, tmp_path):
     """Rows of many lengths, so that a mean of the processes' means is another number; 7 rows of evaluation in batches of 2 for each."""
-    from trainer_processes import OPTIONS
-
     changes = {"per_device_train_batch_size": 2, "logging_steps": 2}
     one = trained(distillation_trainer(tmp_path, train=16, arguments_changes=changes, **OPTIONS))
     two = json.loads((folder / "replicated.json").read_text())
@@ -47,8 +43,5 @@ def test_two_processes_equal_one(folder, tmp_path):
 
 
 def test_a_sharded_student_has_its_loss_inside_of_its_forward(folder):
-    from trainer_processes import loss_of_a_batch
-    from trainer_runs import make_student, make_teacher
-
     wanted = loss_of_a_batch(make_student(), make_teacher()).item()
     assert json.loads((folder / "sharded.json").read_text()) == pytest.approx(wanted, rel=1e-6)

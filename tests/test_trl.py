@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -346,9 +347,34 @@ def test_python_blocks_of_the_page_run(tmp_path, monkeypatch):
         "student": llama(2, 32),
         "teacher": llama(1, 48),
         "tokenizer": trl_runs.tokenizer(),
-        "conversations": trl_runs.Dataset.from_list([{"messages": conversation} for conversation in trl_runs.conversations(4)]),
-        "prompts": trl_runs.Dataset.from_list([{"prompt": conversation[:1]} for conversation in trl_runs.conversations(4)]),
+        "conversations": trl_runs.Dataset.from_list([{"messages": conversation} for conversation in trl_runs.conversations(16)]),
+        "prompts": trl_runs.Dataset.from_list([{"prompt": conversation[:1]} for conversation in trl_runs.conversations(16)]),
     }
+    steps = []
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"docs/trl.md, Python block {number}", "exec"), namespace)
-    assert namespace["trainer"].state.global_step > 0
+        steps.append(namespace["trainer"].state.global_step)
+    assert steps == [2, 2]
+
+
+def test_the_example_on_policy_runs(tmp_path, monkeypatch, capsys):
+    teacher = llama(1, 48, num_hidden_layers=5)
+    teacher.save_pretrained(tmp_path / "teacher")
+    trl_runs.tokenizer().save_pretrained(tmp_path / "teacher")
+    options = ["--teacher", str(tmp_path / "teacher"), "--steps", "3", "--batch-size", "2", "--completion", "6", "--learning-rate", "3e-3"]
+    monkeypatch.setattr(sys, "argv", ["trl_on_policy.py", *options])
+    runpy.run_path(str(ROOT / "examples" / "trl_on_policy.py"), run_name="__main__")
+    before, after = map(float, re.search(r"([\d.]+) nats before, ([\d.]+) after 3 steps", capsys.readouterr().out).groups())
+    assert 0 < after < before
+
+
+@pytest.mark.parametrize("kind", ["GKDTrainer", "DistillationTrainer"])
+def test_the_example_of_memory_measures_one_loss_in_two_ways(kind, tmp_path):
+    example = runpy.run_path(str(ROOT / "examples" / "trl_memory.py"))
+    losses = []
+    for fused in (False, True):
+        set_seed(0)
+        trainer = example["make_trainer"](kind, fused, 500, torch.float32, str(tmp_path))
+        losses.append(trainer.compute_loss(trainer.model, example["make_batch"](kind, 40, 500)).item())
+        assert isinstance(trainer, (TRLGKDMixin, TRLDistillationMixin)) == fused
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0] > 1e-3  # two new models are close to each other

@@ -102,3 +102,27 @@ def trained(trainer, **options):
     """The trainer after its training."""
     trainer.train(**options)
     return trainer
+
+
+def eager_trainer(folder, student=None, train=13, *, arguments_changes=None, **options):
+    options.setdefault("teacher", make_teacher())
+    return EagerTrainer(
+        make_student() if student is None else student,
+        arguments(folder, **(arguments_changes or {})),
+        train_dataset=rows(train),
+        data_collator=pad,
+        **options,
+    )
+
+
+def assert_same_weights(got, wanted, rtol=1e-5, atol=1e-6):
+    wanted = dict(wanted.named_parameters())
+    assert wanted
+    for name, parameter in got.named_parameters():
+        torch.testing.assert_close(parameter, wanted.pop(name), rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    assert not wanted
+
+
+def assert_same_run(got, wanted, rtol=1e-5):
+    torch.testing.assert_close(curve(got), curve(wanted), rtol=rtol, atol=0)
+    assert_same_weights(got.model, wanted.model)

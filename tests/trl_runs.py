@@ -40,8 +40,8 @@ def llama(seed, hidden_size, vocabulary=VOCABULARY, **options):
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2, num_attention_heads=4, vocab_size=vocabulary,
-            max_position_embeddings=512, initializer_range=0.4, **options,
+            hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_attention_heads=4, vocab_size=vocabulary,
+            max_position_embeddings=512, initializer_range=0.4, **({"num_hidden_layers": 2} | options),
         )
     )  # fmt: skip
 

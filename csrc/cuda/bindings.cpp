@@ -11,6 +11,10 @@
 #include "limits.h"
 #include "rows.h"
 
+#ifdef DK_EMULATED
+#include <cuda_emulation.h>
+#endif
+
 namespace py = pybind11;
 namespace dk = distill_kernels;
 
@@ -129,6 +133,12 @@ PYBIND11_MODULE(DK_MODULE, m) {
   m.attr("edge_bytes") = dk::cuda::kRowEdgeBytes;
 #ifdef DK_EMULATED
   m.attr("emulated") = true;
+  m.def("schedule", &emulation::schedule, py::arg("seed"));
+  m.def("take_traffic", [] {
+    const emulation::Traffic bytes = emulation::traffic();
+    emulation::traffic() = {};
+    return std::pair(bytes.read, bytes.written);
+  });
 #else
   m.attr("emulated") = false;
 #endif

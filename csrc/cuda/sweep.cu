@@ -9,23 +9,13 @@ namespace {
 
 constexpr int kMergeThreads = 128;
 
-template <class Kept>
-DK_DEVICE Kept load_sums(const Kept* from) {
-  float words[sizeof(Kept) / sizeof(float)];
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(Kept) / sizeof(float); ++i) words[i] = load(reinterpret_cast<const float*>(from) + i);
-  Kept sums;
-  memcpy(&sums, words, sizeof sums);
-  return sums;
-}
-
 // Of one token's splits, by a warp: its lanes take every 32nd, and are merged pairwise.
 template <class Takes>
 DK_DEVICE typename Takes::Kept merge_splits(const Takes& takes, int64_t token) {
   const int lane = threadIdx.x % 32;
   auto sums = takes.none();
   for (int split = lane; split < takes.sweep.splits; split += 32)
-    takes.merge_into(sums, load_sums(takes.written() + token * takes.sweep.splits + split));
+    takes.merge_into(sums, load_words(takes.written() + token * takes.sweep.splits + split));
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const auto other = shuffle_xor(sums, lanes);
@@ -49,7 +39,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(const __grid_c
     merged_token.clamped = wants_totals<Divergence>(merged_token, loss);
   }
   if (threadIdx.x % 32 != 0) return;
-  sweep.merged[token] = merged_token;
+  store_words(sweep.merged + token, merged_token);
   if (!counted) {
     write_no_terms(token, loss);
   } else if (!merged_token.clamped) {
@@ -63,11 +53,11 @@ template <class Divergence>
 __global__ void __launch_bounds__(kMergeThreads) finish_totals(const __grid_constant__ Sweep sweep, const Divergence divergence) {
   const int64_t token = int64_t(blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
   const Loss& loss = sweep.loss;
-  if (token >= loss.tokens || !sweep.merged[token].clamped) return;
+  if (token >= loss.tokens || !load(&sweep.merged[token].clamped)) return;
   const TakesTotals<Divergence> takes{sweep, divergence};
   const Totals totals = whole(merge_splits(takes, token));
   if (threadIdx.x % 32 != 0) return;
-  const Merged merged_token = sweep.merged[token];
+  const Merged merged_token = load_words(sweep.merged + token);
   const float* const coefficients = loss.coefficients + token * kTerms;
   const Factors factors = finish<Divergence>(merged_token, totals, coefficients, label_of(loss, token), loss);
   write_terms(token, merged_token, totals, factors, loss);

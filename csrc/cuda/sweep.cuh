@@ -50,6 +50,24 @@ DK_DEVICE Totals whole(const SweptTotals& t) {
   return all;
 }
 
+// A struct of words of 32 bits, word by word.
+template <class T>
+DK_DEVICE T load_words(const T* from) {
+  uint32_t words[sizeof(T) / 4];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 4; ++i) words[i] = load(reinterpret_cast<const uint32_t*>(from) + i);
+  T value;
+  memcpy(&value, words, sizeof value);
+  return value;
+}
+template <class T>
+DK_DEVICE void store_words(T* to, const T& value) {
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof value);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 4; ++i) store(reinterpret_cast<uint32_t*>(to) + i, words[i]);
+}
+
 // The two passes over the heads. TakesStatistics: of all tokens. TakesTotals: once the log-sum-exps are known, of tokens with an entry below
 // the floor, which are few if there are any.
 template <class Divergence>
@@ -85,7 +103,7 @@ struct TakesTotals {
   template <int N, class Entry>
   DK_DEVICE void take(Kept& sums, const float (&z)[N], const float (&y)[N], Entry entry, int64_t token, int) const {
     Totals all = whole(sums);
-    const Merged merged = token < sweep.loss.tokens ? sweep.merged[token] : Merged{};
+    const Merged merged = token < sweep.loss.tokens ? load_words(sweep.merged + token) : Merged{};
     take_totals<true>(all, z, y, entry, merged, sweep.loss, divergence);
     sums = kept(all);
   }
@@ -165,7 +183,7 @@ DK_DEVICE bool wanted(const Takes& takes, int64_t first_token, int rows) {
   if (Takes::kAll) return true;
   bool any = false;
   for (int row = threadIdx.x % 32; row < rows; row += 32)
-    any |= first_token + row < takes.sweep.loss.tokens && takes.sweep.merged[first_token + row].clamped;
+    any |= first_token + row < takes.sweep.loss.tokens && load(&takes.sweep.merged[first_token + row].clamped);
   return __any_sync(kAllLanes, any);
 }
 
@@ -233,11 +251,7 @@ DK_DEVICE void write_sums(const Takes& takes, const OwnSums<Parts, typename Take
   if (row >= kSweepRows || token >= takes.sweep.loss.tokens) return;
   auto sums = own.get(Parts::holder(row, 0), Parts::row_of_holder(row));
   for (int i = 1; i < Parts::kHoldersOfRow; ++i) takes.merge_into(sums, own.get(Parts::holder(row, i), Parts::row_of_holder(row)));
-  auto* const written = takes.written() + token * takes.sweep.splits + place.split;
-  float words[sizeof sums / sizeof(float)];
-  memcpy(words, &sums, sizeof sums);
-#pragma unroll
-  for (unsigned i = 0; i < sizeof sums / sizeof(float); ++i) store(reinterpret_cast<float*>(written) + i, words[i]);
+  store_words(takes.written() + token * takes.sweep.splits + place.split, sums);
 }
 
 }  // namespace distill_kernels::cuda

@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class CachePlan:
     shard_rows: tuple[int, ...]
     shard_tokens: tuple[int, ...]
 
+    @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(to_json(asdict(self))).hexdigest()
 
@@ -89,7 +91,7 @@ class CachePlan:
             **{name: (dtype, (tokens, *shape)) for name, (dtype, shape) in self.token_columns().items()},
         }
 
-    @property
+    @cached_property
     def first_rows(self) -> tuple[int, ...]:
         """Number of each shard's first row, and at the end of all rows."""
         return (0, *itertools.accumulate(self.shard_rows))
@@ -119,6 +121,7 @@ class CachePlan:
         bias = {"bias": (dtype, (self.vocabulary,))} if self.has_bias else {}
         return {"weight": (dtype, (self.vocabulary, self.hidden_dim)), **bias}
 
+    @cached_property
     def files(self) -> dict[str, int]:
         """Name and size in bytes, at most, of every file but the index; the head first. Real ones have shorter headers."""
         head = {HEAD: _column_bytes(self.head_columns()) + HEADER_BYTES} if self.kind == "hidden" else {}
@@ -163,11 +166,11 @@ def to_json(content: Any) -> bytes:
 
 def metadata(plan: CachePlan, shard: int | None) -> dict[str, str]:
     """In the header of a shard, or of the head (None)."""
-    return {METADATA: json.dumps({"plan": plan.fingerprint(), "shard": shard})}
+    return {METADATA: json.dumps({"plan": plan.fingerprint, "shard": shard})}
 
 
 def index_content(plan: CachePlan, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """`files`: name, bytes and sha256 of each, in the order of plan.files()."""
+    """`files`: name, bytes and sha256 of each, in the order of plan.files."""
     return {"format": FORMAT, "version": VERSION, "plan": asdict(plan), "files": files}
 
 

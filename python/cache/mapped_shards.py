@@ -75,21 +75,19 @@ def open_file(path: Path):
         raise CacheError(f"{path} cannot be read: {error}") from error
 
 
-def check_file(folder: Path, plan: CachePlan, file: dict[str, Any]) -> None:
-    """Size and header of a file against the index and the plan."""
+def check_file(folder: Path, plan: CachePlan, file: dict[str, Any], shard: int | None) -> None:
+    """Size and header of a file against the index and the plan; `shard` is its number, None that of the head."""
     path = folder / file["name"]
     if not path.exists():
         raise CacheError(f"{path} is missing; write the cache again")
     if (size := path.stat().st_size) != file["bytes"]:
         raise CacheError(f"{path} has {size} bytes where {file['bytes']} were written; write the cache again")
-    head = file["name"] == layout.HEAD
-    shard = None if head else list(plan.files()).index(file["name"]) - (plan.kind == "hidden")
     with open_file(path) as opened:
         found = (opened.metadata() or {}).get(layout.METADATA)
         wanted = layout.metadata(plan, shard)[layout.METADATA]
         if found != wanted:
             raise CacheError(f"{path} is not the file that was written here: {_whose(found, plan)}")
-        columns = plan.head_columns() if head else plan.shard_columns(shard)
+        columns = plan.head_columns() if shard is None else plan.shard_columns(shard)
         if set(opened.keys()) != columns.keys():
             raise CacheError(f"{path} has the tensors {sorted(opened.keys())}, wanted {sorted(columns)}")
         for name, (_, shape) in columns.items():
@@ -103,4 +101,4 @@ def _whose(found: str | None, plan: CachePlan) -> str:
         plan_found, shard = content["plan"], content["shard"]
     except (ValueError, KeyError, TypeError):
         return "it says nothing of a teacher cache"
-    return "it is of another cache" if plan_found != plan.fingerprint() else f"it says that it is shard {shard}"
+    return "it is of another cache" if plan_found != plan.fingerprint else f"it says that it is shard {shard}"

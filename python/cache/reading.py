@@ -56,14 +56,16 @@ class CachedTeacher:
     def as_teacher(self) -> dict[str, Any]:
         """The teacher's keyword arguments of distillation_loss, exact over the full vocabulary and at any temperature."""
         if self.hidden is None:
-            raise CacheError("a top-k cache has no hidden states; use sparse_distillation_loss(**as_sparse_teacher())")
+            raise CacheError("a top-k cache has no hidden states; use sparse_distillation_loss(**as_sparse_teacher(tail))")
         return {"teacher_hidden": self.hidden, **{f"teacher_{name}": value for name, value in vars(self.head).items()}}
 
-    def as_sparse_teacher(self) -> dict[str, Any]:
-        """teacher_ids and teacher_logprobs of sparse_distillation_loss, which must be called at `temperature`."""
+    def as_sparse_teacher(self, tail: str) -> dict[str, Any]:
+        """The teacher's keyword arguments of sparse_distillation_loss, `tail` among them; with "bucket" the tail's mass as it was kept."""
         if self.top_ids is None:
             raise CacheError("a cache of hidden states has no lists of tokens; use distillation_loss(**as_teacher())")
-        return {"teacher_ids": self.top_ids, "teacher_logprobs": self.top_logprobs}
+        mass = {"teacher_tail_mass": self.tail_mass} if tail == "bucket" else {}
+        lists = {"teacher_ids": self.top_ids, "teacher_logprobs": self.top_logprobs, "teacher_temperature": self.temperature}
+        return {"tail": tail, **lists, **mass}
 
 
 class TeacherCache:
@@ -103,10 +105,12 @@ class TeacherCache:
         """
         path = Path(path)
         plan, files = _index(path)
-        if [file["name"] for file in files] != list(plan.files()):
+        if [file["name"] for file in files] != list(plan.files):
             raise CacheError(f"{path / layout.INDEX} is damaged: its list of files does not fit its plan")
-        for file in files:
-            mapped_shards.check_file(path, plan, file)
+        for place, file in enumerate(files):
+            # The head comes first, where there is one.
+            shard = place - (plan.kind == "hidden")
+            mapped_shards.check_file(path, plan, file, None if shard < 0 else shard)
         if vocabulary is not None and vocabulary != plan.vocabulary:
             raise CacheError(f"{path} is of a teacher with {plan.vocabulary} vocabulary entries, wanted {vocabulary}")
         if tokenizer is not None and plan.tokenizer_sha256 is None:

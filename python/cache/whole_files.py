@@ -56,7 +56,7 @@ def read(path: Path) -> bytes | None:
 def manifests(folder: Path, plan: CachePlan) -> dict[str, dict[str, Any]]:
     """Those of the files of an unfinished cache that are whole, by the file's name. One that is damaged is as good as none."""
     found = {}
-    for name in plan.files():
+    for name in plan.files:
         content = read(folder / manifest_name(name))
         manifest = None if content is None else layout.parse_manifest(content)
         size = (folder / name).stat().st_size if (folder / name).exists() else None

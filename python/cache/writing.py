@@ -104,7 +104,7 @@ def write_teacher_cache(
         tokenizer_sha256=None if tokenizer is None else token_rows.tokenizer_sha256(tokenizer), shard_bytes=int(shard_mib * 2**20),
     )  # fmt: skip
     folder = Path(output)
-    files = plan.files()
+    files = plan.files
     report = partial(
         CacheReport, path=str(folder), rows=plan.rows, tokens=plan.tokens, shards=len(plan.shard_rows), predicted_bytes=sum(files.values())
     )
@@ -252,10 +252,10 @@ def _finish(folder: Path, plan: CachePlan, writer: str) -> bool:
     index = folder / layout.INDEX
     if not index.exists():
         manifests = whole_files.manifests(folder, plan)
-        if manifests.keys() != plan.files().keys():
+        if manifests.keys() != plan.files.keys():
             return index.exists()  # if it is now, another rank has finished and taken the manifests away
-        write_whole(index, layout.to_json(layout.index_content(plan, [manifests[name] for name in plan.files()])), writer)
-    for name in (*map(whole_files.manifest_name, plan.files()), layout.UNFINISHED):
+        write_whole(index, layout.to_json(layout.index_content(plan, [manifests[name] for name in plan.files])), writer)
+    for name in (*map(whole_files.manifest_name, plan.files), layout.UNFINISHED):
         (folder / name).unlink(missing_ok=True)
     return True
 

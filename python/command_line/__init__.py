@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from distill_kernels.api.command_line import cache, demo, doctor, plan, train
+from distill_kernels.api.command_line import bench, cache, demo, doctor, plan, train
 from distill_kernels.api.command_line.arguments import Parser
 from distill_kernels.api.user_error import UserError
 
-COMMANDS = (demo, train, cache, plan, doctor)
+COMMANDS = (demo, train, cache, bench, plan, doctor)
 INTERRUPTED = 130  # what shells report for a process ended by SIGINT
 
 

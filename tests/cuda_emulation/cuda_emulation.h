@@ -83,6 +83,21 @@ inline __half __float2half_rn(float from) {
 
 namespace emulation {
 
+// Memory that a race detector hears nothing of: what one thread of the emulation allocates another may free.
+extern "C" void* __libc_malloc(size_t);
+extern "C" void __libc_free(void*);
+template <class T>
+struct Unheard {
+  using value_type = T;
+  Unheard() = default;
+  template <class U>
+  Unheard(const Unheard<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(__libc_malloc(count * sizeof(T))); }
+  void deallocate(T* memory, size_t) { __libc_free(memory); }
+  bool operator==(const Unheard&) const { return true; }
+  bool operator!=(const Unheard&) const { return false; }
+};
+
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
 };

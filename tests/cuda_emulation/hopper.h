@@ -119,9 +119,11 @@ inline void perform(const Product& product) {
   finish_product(product);
 }
 
+// The instruction reads for the whole warp: for each of its lanes it has read when it has for all.
 inline void wait_for_products(unsigned pending) {
   Product product;
   while (next_product(pending, &product)) perform(product);
+  collective(~0u, nullptr, nullptr, true);
 }
 
 }  // namespace emulation

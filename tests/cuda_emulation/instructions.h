@@ -1,8 +1,6 @@
 // PTX instructions that kernels reach by inline assembly: the tensor cores' mma.sync with its ldmatrix, and cp.async.
 #pragma once
 
-#include <vector>
-
 #include "cuda_emulation.h"
 
 namespace emulation {
@@ -30,11 +28,12 @@ struct Copy {
   void* to;
   const void* from;
   unsigned bytes, read;  // what is not read is written as zeros
-  unsigned group;
 };
-// Of the running thread.
-std::vector<Copy>& copies();
-unsigned& copy_group();
+// Of the running thread: puts a copy of its present group off; ends that group; the oldest copy that has to be done before at most `pending`
+// of its groups are under way.
+void put_off(const Copy& copy);
+void end_copy_group();
+bool next_copy(unsigned pending, Copy* copy);
 
 inline void perform(const Copy& copy) {
   unsigned char all[16] = {};
@@ -47,18 +46,15 @@ inline void cp_async(void* to, const void* from, unsigned bytes, unsigned read) 
   if (bytes != 4 && bytes != 8 && bytes != 16) throw Error("cp.async of " + std::to_string(bytes) + " bytes");
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) throw Error("cp.async of an unaligned address");
   count_traffic(read, 0);
-  const Copy copy{to, from, bytes, read, copy_group()};
-  if (copies_are_late()) copies().push_back(copy);
+  const Copy copy{to, from, bytes, read};
+  if (copies_are_late()) put_off(copy);
   else perform(copy);
 }
-inline void cp_async_commit() { ++copy_group(); }
+inline void cp_async_commit() { end_copy_group(); }
 // Until at most `pending` of the groups committed last are under way. The copies are seen by this thread only, until a barrier.
 inline void cp_async_wait(unsigned pending) {
-  auto& all = copies();
-  while (!all.empty() && all.front().group + pending < copy_group()) {
-    perform(all.front());
-    all.erase(all.begin());
-  }
+  Copy copy;
+  while (next_copy(pending, &copy)) perform(copy);
 }
 
 }  // namespace emulation

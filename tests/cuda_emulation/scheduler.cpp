@@ -1,6 +1,8 @@
 // The fibers of cuda_emulation.h. Never instrumented by a sanitizer itself: with -DEMULATION_TSAN or -DEMULATION_ASAN it tells that
 // sanitizer which fiber runs, and which barriers order memory.
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <random>
@@ -16,7 +18,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
@@ -59,6 +60,7 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;  // instrumented frames are large
 constexpr unsigned kBarriers = 16;
+constexpr size_t kMostCopies = 256;
 
 struct Block;
 struct Fiber {
@@ -77,8 +79,7 @@ struct Fiber {
   const void* state = nullptr;
   bool cluster_arrived = false;
   uint64_t cluster_phase = 0;
-  std::vector<Copy> copies;  // asynchronous, in the order of issue
-  unsigned group = 0;
+  unsigned first_copy = 0, copies = 0, group = 0;  // asynchronous, in the order of issue: a ring of copies_put_off
   void* thread_sanitizer = nullptr;
   void* fake_stack = nullptr;
 };
@@ -86,7 +87,7 @@ struct Fiber {
 struct Barrier {
   unsigned threads = 0, expected = 0;
   int site = 0;
-  std::vector<int> waiting;
+  std::vector<int, Unheard<int>> waiting;
   char tag = 0;
 };
 
@@ -99,10 +100,18 @@ struct Block {
   char warp_tags[32];
 };
 
+struct PutOff {
+  Copy copy;
+  unsigned group;
+};
+
 std::vector<Fiber> fibers;
+std::vector<PutOff, Unheard<PutOff>> copies_put_off;  // kMostCopies of each fiber
 std::vector<char*> stacks;  // kept from launch to launch
+[[maybe_unused]] size_t stacks_used = 0;  // by this launch
+[[maybe_unused]] std::vector<void*> thread_sanitizer_fibers;
 std::vector<Block*> blocks;
-std::vector<int> runnable;
+std::vector<int, Unheard<int>> runnable;
 size_t runnable_head = 0;
 int current = -1;
 void* scheduler_stack = nullptr;
@@ -192,21 +201,28 @@ void poison(unsigned char* memory) {
 void start(int index, Block* block, unsigned thread) {
   Fiber& fiber = fibers[index];
   fiber = Fiber{};
-  if (stacks.size() <= size_t(index)) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw Error("no memory for the stack of a fiber");
-    stacks.push_back(static_cast<char*>(memory));
+  // A race detector has a thread of its own for every one of a launch, and a stack, since those of two blocks race; the next launch has them
+  // again, for it comes after this one.
+#ifdef EMULATION_TSAN
+  const size_t stack = stacks_used++;
+  if (thread_sanitizer_fibers.size() <= stack) thread_sanitizer_fibers.push_back(__tsan_create_fiber(0));
+  fiber.thread_sanitizer = thread_sanitizer_fibers[stack];
+#else
+  const size_t stack = index;
+#endif
+  if (stacks.size() <= stack) {
+    // By the system itself: a race detector clears what it knows of memory that the library maps, all 256 kB.
+    const long memory = syscall(SYS_mmap, nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == -1) throw Error("no memory for the stack of a fiber");
+    stacks.push_back(reinterpret_cast<char*>(memory));
   }
-  fiber.stack = stacks[index];
+  fiber.stack = stacks[stack];
   fiber.block = block;
   fiber.index = thread;
   void** top = reinterpret_cast<void**>(fiber.stack + kStack) - 4;
   *top = reinterpret_cast<void*>(&enter);  // at a multiple of 16, so that `enter` finds the stack as after a call
   fiber.stack_pointer = top - 6;           // the registers of emulation_switch
   for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
-#ifdef EMULATION_TSAN
-  fiber.thread_sanitizer = __tsan_create_fiber(0);
-#endif
   runnable.push_back(index);
 }
 
@@ -248,6 +264,7 @@ bool poll() {
 void run_cluster(unsigned first_block) {
   const unsigned threads = threads_in_block;
   fibers.assign(size_t(threads) * blocks_in_cluster, Fiber{});
+  if (copies_put_off.size() < fibers.size() * kMostCopies) copies_put_off.resize(fibers.size() * kMostCopies);
   runnable.clear();
   runnable_head = 0;
   cluster_arrivals = 0;
@@ -318,8 +335,22 @@ void schedule(unsigned seed) {
   generator.seed(seed);
 }
 bool copies_are_late() { return late; }
-std::vector<Copy>& copies() { return me().copies; }
-unsigned& copy_group() { return me().group; }
+void put_off(const Copy& copy) {
+  Fiber& fiber = me();
+  if (fiber.copies == kMostCopies) throw Error("more copies under way than the emulation has room for");
+  copies_put_off[current * kMostCopies + (fiber.first_copy + fiber.copies++) % kMostCopies] = {copy, fiber.group};
+}
+void end_copy_group() { ++me().group; }
+bool next_copy(unsigned pending, Copy* copy) {
+  Fiber& fiber = me();
+  if (fiber.copies == 0) return false;
+  const PutOff& oldest = copies_put_off[current * kMostCopies + fiber.first_copy];
+  if (oldest.group + pending >= fiber.group) return false;
+  *copy = oldest.copy;
+  fiber.first_copy = (fiber.first_copy + 1) % kMostCopies;
+  --fiber.copies;
+  return true;
+}
 uint64_t switches() { return switch_count; }
 Traffic& traffic() { return bytes; }
 void count_traffic(uint64_t read, uint64_t written) {
@@ -457,29 +488,23 @@ void run(dim3 grid, unsigned cluster, dim3 block, size_t shared_bytes, const std
   blocks_in_cluster = cluster;
   bytes_of_shared = shared_bytes;
   kernel = &body;
+  stacks_used = 0;
   failure.clear();
   std::vector<unsigned> order;
   for (unsigned first = 0; first < count; first += cluster) order.push_back(first);
   if (shuffles) std::shuffle(order.begin(), order.end(), generator);
 #ifdef EMULATION_TSAN
   scheduler_fiber = __tsan_get_current_fiber();
-  std::vector<void*> made;  // a fiber for every thread of the launch: one that ran two blocks would order their memory
 #endif
   try {
     for (unsigned first : order) {
       run_cluster(first);
-#ifdef EMULATION_TSAN
-      for (const Fiber& fiber : fibers) made.push_back(fiber.thread_sanitizer);
-#endif
     }
   } catch (...) {
     finish_launch();
     throw;
   }
   finish_launch();
-#ifdef EMULATION_TSAN
-  for (void* fiber : made) __tsan_destroy_fiber(fiber);
-#endif
 }
 
 }  // namespace emulation

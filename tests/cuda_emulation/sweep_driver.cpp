@@ -5,10 +5,11 @@
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <string>
 #include <vector>
 
-#include "../../csrc/cuda/sweep.h"
-#include "cuda_emulation.h"
+#include <cuda/sweep.h>
+#include <cuda_emulation.h>
 
 namespace dk = distill_kernels;
 

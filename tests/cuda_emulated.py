@@ -1,0 +1,110 @@
+"""The kernels of csrc/cuda compiled by g++ for the emulation in tests/cuda_emulation, as the Python module that nvcc makes for a GPU.
+
+What is built is kept under build/, by a hash of all sources; objects by a hash of what the preprocessor makes of theirs, so that a change
+costs the files that it reaches. Any number of processes share what is there.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests" / "cuda_emulation"
+CACHE = ROOT / "build" / "cuda_emulation"
+CXX = shutil.which("g++")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDK_EMULATED", f"-I{EMULATION}")
+PARTS = ("scheduler", "instructions", "hopper")
+MODULE = "_cuda_emulated"
+# Of a sanitizer: how kernels are compiled, and what the scheduler, which is not to be instrumented, has to know.
+SANITIZERS = {
+    "": ((), ()),
+    "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"), ("-DEMULATION_ASAN",)),
+    "thread": (("-fsanitize=thread",), ("-DEMULATION_TSAN",)),
+}
+
+
+class CompilerError(Exception):
+    pass
+
+
+def run(*command):
+    made = subprocess.run(list(map(str, command)), capture_output=True)
+    if made.returncode:
+        raise CompilerError(made.stderr.decode()[-4000:])
+    return made.stdout
+
+
+def require():
+    """Skips the test where the emulation cannot be built."""
+    if CXX is None:
+        pytest.skip("there is no g++, which compiles the kernels for the emulation")
+    if os.uname().machine != "x86_64":
+        pytest.skip("the emulation switches stacks in x86-64 assembly")
+    return pytest.importorskip("pybind11")
+
+
+def cached(name, key, make):
+    """The file `name` of that key; make(path) writes it if it is not there yet."""
+    made = CACHE / hashlib.sha256(b"\0".join(key)).hexdigest()[:32] / name
+    if made.exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with open(made.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            draft = made.with_suffix(".draft")
+            make(draft)
+            draft.replace(made)
+    return made
+
+
+def object_of(source, flags):
+    language = ("-x", "c++", source)
+    key = [run(CXX, *flags, "-E", "-P", *language), " ".join(map(str, flags)).encode()]
+    return cached(f"{Path(source).stem}.o", key, lambda out: run(CXX, *flags, "-c", *language, "-o", out))
+
+
+def objects(sources, sanitizer="", flags=()):
+    """Of kernels, and of the emulation that they run in."""
+    of_kernels, of_emulation = SANITIZERS[sanitizer]
+    work = [(source, (*FLAGS, *of_kernels, *flags)) for source in sources]
+    work += [(EMULATION / f"{name}.cpp", (*FLAGS, "-O2", *of_emulation)) for name in PARTS]
+    with ThreadPool(2) as pool:
+        return pool.starmap(object_of, work)
+
+
+def built(name, sources, csrc, sanitizer, compiled, linked):
+    """`sources` with whatever they include of `csrc`, and the emulation, in one file."""
+    read = [path for folder in (csrc, EMULATION) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    flags = (*SANITIZERS[sanitizer][0], *compiled, *linked)
+    key = [f"{name} {sanitizer} {' '.join(flags)}".encode(), *(path.read_bytes() for path in [*sources, *read] if "cpu" not in path.parts)]
+    return cached(
+        name, key, lambda out: run(CXX, *SANITIZERS[sanitizer][0], *linked, *objects(sources, sanitizer, compiled), "-o", out)
+    )
+
+
+def module(csrc=ROOT / "csrc"):
+    """The extension of these sources, for the emulation."""
+    pybind11 = require()
+    sources = [csrc / "cuda" / "bindings.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-DDK_MODULE={MODULE}")
+    path = built(MODULE + sysconfig.get_config_var("EXT_SUFFIX"), sources, csrc, "", include, ("-shared",))
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def program(main, kernels, sanitizer="", csrc=ROOT / "csrc"):
+    """A program by itself: `main`, a C++ file, with kernels, named as files of csrc/cuda are."""
+    require()
+    sources = [Path(main), *(csrc / "cuda" / f"{kernel}.cu" for kernel in kernels)]
+    return built(Path(main).stem, sources, csrc, sanitizer, (f"-I{csrc}",), ())
