@@ -43,6 +43,7 @@ def schedule(problem: Problem, keeps_logits: bool, reason: str, token_bytes: int
         reason=reason,
         keeps_logits=keeps_logits,
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
+        in_flight=chunked.IN_WORK if problem.group else 1,
         most_bytes=None if keeps_logits else SWEEP_BYTES,
         token_bytes=token_bytes + sampled_token_bytes,
         fixed_bytes=fixed_bytes + sampled_fixed_bytes,
@@ -57,21 +58,22 @@ def run(
     sampler = Sampler(problem, tensors, plan)
 
     def space(wanted, dtype=torch.float32):
-        return torch.empty(plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
+        return torch.empty(in_work, plan.chunk_tokens, problem.vocabulary, dtype=dtype, device=device) if wanted else None
 
+    in_work = chunked.IN_WORK if problem.group else 1
     student_space, teacher_space = space(True), space(problem.teacher_dim)
     dz_space = space(True, dz_dtype(problem)) if dz_bytes(problem) else student_space
     scale = dz_scale(problem, tensors.coefficients) if dz_space.dtype is torch.float16 else None
 
     def kernel(chunk: chunked.Chunk):
-        count = chunk.student_hidden.shape[0]
-        student_logits, teacher_logits = student_space[:count], None
+        count, place = chunk.student_hidden.shape[0], chunk.index % in_work
+        student_logits, teacher_logits = student_space[place, :count], None
         products.logits(chunk.student_hidden, tensors.student_weight, student_logits)
         if teacher_space is not None:
-            teacher_logits = teacher_space[:count]
+            teacher_logits = teacher_space[place, :count]
             products.logits(chunk.teacher_hidden, tensors.teacher_weight, teacher_logits)
-        dz = dz_space[:count] if problem.gradient else None
-        rows(chunk, student_logits, teacher_logits, dz, scale)
+        dz = dz_space[place, :count] if problem.gradient else None
+        yield from rows(chunk, student_logits, teacher_logits, dz, scale) or ()
         if chunk.d_bias is not None:
             torch.add(0 if chunk.first else chunk.d_bias, dz.sum(0, dtype=torch.float32), out=chunk.d_bias)
         kernels = library(products, tensors.student_weight, dz_space.dtype, dz, scale)

@@ -93,7 +93,8 @@ def _swept_schedule(problem: Problem, reason) -> Schedule:
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
     with torch.cuda.device_of(tensors.student_hidden):
-        plan = make_plan(problem, schedule(problem))
+        largest = problem.largest_shard
+        plan = make_plan(largest, schedule(largest))
         return RUN[plan.schedule](problem, tensors, plan, chunked.compacts(problem))
 
 

@@ -7,9 +7,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from distill_kernels import chunked
 from distill_kernels.backends.triton import kept_columns, listed_columns, listed_entries, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
-from distill_kernels.backends.triton.tiles import MERGED, STATISTICS, TOTALS
+from distill_kernels.backends.triton.tiles import MERGED, PLACES, STATISTICS, TOTALS
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.quantised import PILOT_FRACTION
+from distill_kernels.shards import Shards
 
 READ = ("rows", "head", "row_scales", "head_scales")  # of a `correction.Model` by the sweep
 INTERPRETED_MULTIPROCESSORS = 7  # odd, and enough that a small problem has several blocks and several ragged splits of each
@@ -32,10 +33,12 @@ def multiprocessors(device: torch.device) -> int:
 
 def partial_bytes(problem: Problem, keeps_logits: bool) -> tuple[int, int]:
     """Bytes of partial sums, at most: (for each token, and beside them)."""
+    held = 1 + 2 * len(problem.shard_sizes)  # one's own, and every rank's, as they come and in the order of splits
     if keeps_logits:  # splits_of rounds up to a power of two, so by less than two
-        return 2 * rows.partial_bytes(1, 1), 2 * rows.partial_bytes(rows.configuration(architecture(problem.device)).programs, 1)
+        programs = rows.configuration(architecture(problem.device)).programs
+        return 2 * held * rows.partial_bytes(1, 1), 2 * held * rows.partial_bytes(programs, 1)
     tile = sweep.configuration(architecture(problem.device), _widest(problem), problem.tokens).rows
-    return rows.partial_bytes(1, 1) + 4 * MERGED, rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
+    return held * rows.partial_bytes(1, 1) + 4 * MERGED, held * rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
 
 
 def swept_bytes(problem: Problem) -> tuple[int, int]:
@@ -59,12 +62,16 @@ class Launcher:
         self.problem, self.tensors = problem, tensors
         self.device = tensors.student_hidden.device
         self.architecture = architecture(self.device)
+        self.shards = Shards.of(problem)
+        # Ranks that share a vocabulary divide each the same number of splits, some of a smaller shard's being empty.
+        self.divided = problem.largest_shard.vocabulary
         divergence = problem.divergence
         first, second = (*(divergence.parameters if divergence is not None else ()), 0.0, 0.0)[:2]
         untempered = problem.cross_entropy or problem.z_loss
         one_pass = divergence is not None and divergence.one_pass
         self.common = {
             "vocabulary": problem.vocabulary,
+            "whole": problem.whole_vocabulary,
             "student_bias": tensors.student_bias,
             "teacher_bias": tensors.teacher_bias,
             "inverse_temperature": 1.0 / problem.temperature,
@@ -90,26 +97,28 @@ class Launcher:
         self.wants_totals = divergence is not None or self.common["SMOOTHING"] or problem.stats
 
     def rows(self, chunk: chunked.Chunk, student_logits, teacher_logits, dz, dz_scale):
-        """Terms, stats and dz (n, V) of a chunk from its logits, bare products (n, V) float32."""
+        """A generator: terms, stats and dz (n, V) of a chunk from its logits, bare products (n, V) float32."""
         configuration = rows.configuration(self.architecture)
         tokens = student_logits.shape[0]
-        splits = rows.splits_of(tokens, self.problem.vocabulary, configuration)
-        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.block)
-        partial, totals = self._partial(tokens, splits)
+        splits = rows.splits_of(tokens, self.divided, configuration)
+        slice_entries = _multiple(-(-self.divided // splits), configuration.block)
         values = self.common | self._of(chunk) | {
-            "student_logits": student_logits, "teacher_logits": teacher_logits, "partial": partial, "totals": totals, "dz": dz,
-            "dz_scale": dz_scale, "tokens": tokens, "splits": splits, "slice_entries": slice_entries, "ROWS": configuration.rows,
-            "BLOCK": configuration.block, "SPLITS": triton.next_power_of_2(splits),
+            "student_logits": student_logits, "teacher_logits": teacher_logits, "dz": dz, "dz_scale": dz_scale, "tokens": tokens,
+            "splits": splits, "slice_entries": slice_entries, "ROWS": configuration.rows, "BLOCK": configuration.block,
         }  # fmt: skip
         blocks = -(-tokens // configuration.rows)
         grid = (blocks, splits)
+        values |= {"partial": self._new(STATISTICS, tokens, splits)}
         _launch(rows.statistics_kernel, grid, values | self._early(), num_warps=configuration.warps)
+        values |= yield from self._everyone(values["partial"], "partial")
+        values |= {"totals": self._new(TOTALS, tokens, values["splits"])}
         if self.wants_totals:
             _launch(rows.totals_kernel, grid, values, num_warps=configuration.warps)
+            values |= yield from self._everyone(values["totals"][..., :splits], "totals")
         _launch(rows.gradient_kernel, grid if dz is not None else (blocks, 1), values, num_warps=configuration.warps)
 
     def sweep(self, chunk: chunked.Chunk):
-        """Terms of a chunk straight from hidden states and heads."""
+        """A generator: terms of a chunk straight from hidden states and heads."""
         tokens = chunk.student_hidden.shape[0]
         matrices = {
             "student_hidden": chunk.student_hidden, "student_weight": self.tensors.student_weight,
@@ -120,9 +129,8 @@ class Launcher:
         target = self.architecture if aligned or self.architecture == "interpreter" else "unaligned"
         configuration = sweep.configuration(target, _widest(self.problem), tokens)
         blocks = -(-tokens // configuration.rows)
-        splits = sweep.splits_of(blocks, self.problem.vocabulary, multiprocessors(self.device), configuration)
-        slice_entries = _multiple(-(-self.problem.vocabulary // splits), configuration.entries)
-        partial, totals = self._partial(tokens, splits)
+        splits = sweep.splits_of(blocks, self.divided, multiprocessors(self.device), configuration)
+        slice_entries = _multiple(-(-self.divided // splits), configuration.entries)
         strides = {f"{name}_stride": 0 if matrix is None else matrix.stride(0) for name, matrix in matrices.items()}
         if configuration.descriptors:
             for name, matrix in matrices.items():
@@ -130,21 +138,23 @@ class Launcher:
                     height = configuration.rows if name.endswith("hidden") else configuration.entries
                     matrices[name] = TensorDescriptor.from_tensor(matrix, [height, configuration.depth])
         values = self.common | self._of(chunk) | matrices | strides | {
-            "partial": partial, "merged": None, "totals": None, "tokens": tokens, "splits": splits, "blocks": blocks,
-            "slice_entries": slice_entries, "student_dim": self.problem.student_dim, "teacher_dim": self.problem.teacher_dim,
-            "ROWS": configuration.rows, "ENTRIES": configuration.entries, "DEPTH": configuration.depth,
-            "DESCRIPTORS": configuration.descriptors, "PRECISION": _precision(), "SPLITS": triton.next_power_of_2(splits),
+            "partial": self._new(STATISTICS, tokens, splits), "merged": None, "totals": None, "tokens": tokens, "splits": splits,
+            "blocks": blocks, "slice_entries": slice_entries, "student_dim": self.problem.student_dim,
+            "teacher_dim": self.problem.teacher_dim, "ROWS": configuration.rows, "ENTRIES": configuration.entries,
+            "DEPTH": configuration.depth, "DESCRIPTORS": configuration.descriptors, "PRECISION": _precision(),
         }  # fmt: skip
         options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
         _launch(sweep.sweep_kernel, (blocks * splits,), values | self._early(), **options)
+        values |= yield from self._everyone(values["partial"], "partial")
         finish = rows.configuration(self.architecture)
         by_token = {"ROWS": finish.rows, "BLOCK": finish.block}
         grid = (-(-tokens // finish.rows), 1)
         if self.wants_totals:
-            merged = self.tensors.coefficients.new_empty(MERGED, tokens)
-            _launch(rows.merge_kernel, grid, values | by_token | {"merged": merged}, num_warps=1)
-            _launch(sweep.sweep_kernel, (blocks * splits,), values | {"merged": merged, "totals": totals}, **options)
-        nothing = {"student_logits": None, "teacher_logits": None, "dz": None, "dz_scale": None, "totals": totals}
+            values |= {"merged": self._new(MERGED, tokens), "totals": self._new(TOTALS, tokens, splits)}
+            _launch(rows.merge_kernel, grid, values | by_token, num_warps=1)
+            _launch(sweep.sweep_kernel, (blocks * splits,), values | {"splits": splits}, **options)
+            values |= yield from self._everyone(values["totals"], "totals")
+        nothing = {"student_logits": None, "teacher_logits": None, "dz": None, "dz_scale": None}
         _launch(rows.gradient_kernel, grid, values | by_token | nothing, num_warps=1)
 
     def references(self, x, y):
@@ -152,7 +162,7 @@ class Launcher:
         tokens, pilot = x.shape
         configuration = rows.configuration(self.architecture)
         splits = rows.splits_of(tokens, pilot, configuration)
-        partial, _ = self._partial(tokens, splits)
+        partial = self._new(STATISTICS, tokens, splits)
         made = self.tensors.coefficients.new_empty(quantised_sweep.REFERENCES, tokens)
         meant = {"student_bias": None, "teacher_bias": None, "student_scale": 1.0, "teacher_scale": 1.0} | {
             "student_softcap": None, "teacher_softcap": None, "SMOOTHING": False, "TOP": False,
@@ -277,9 +287,17 @@ class Launcher:
         by_vocabulary = {"BLOCK": configuration.block, "splits": splits, "slice_entries": slice_entries, "grid": (blocks, splits)}
         return shared | by_list, shared | by_vocabulary
 
-    def _partial(self, tokens, splits):
-        new = self.tensors.coefficients.new_empty
-        return new(STATISTICS, tokens, splits), new(TOTALS, tokens, splits)
+    def _new(self, *shape):
+        return self.tensors.coefficients.new_empty(*shape)
+
+    def _everyone(self, partial, name):
+        """A generator that returns the kernels' arguments: sums of one's own splits (fields, n, splits) joined by those of other ranks."""
+        if self.shards is not None:
+            if name == "partial":
+                partial[list(PLACES)] += self.shards.begin
+            partial = (yield from self.shards.gather(partial)).permute(1, 2, 0, 3).flatten(2).contiguous()
+        splits = partial.shape[2]
+        return {name: partial, "splits": splits, "SPLITS": triton.next_power_of_2(splits)}
 
     def _bare(self):
         """Whether there is nothing but the divergence."""
@@ -288,6 +306,8 @@ class Launcher:
 
     def _of(self, chunk):
         labels = chunk.labels if self.problem.cross_entropy else None
+        if labels is not None and self.shards is not None:
+            labels = torch.where(labels < 0, labels, labels - self.shards.begin)
         return {"labels": labels, "coefficients": chunk.coefficients, "terms": chunk.terms, "stats": chunk.stats}
 
     def _early(self):

@@ -205,7 +205,8 @@ def gradient_kernel(
     dz_scale,  # () float32: multiplies dz; None: 1
     tokens,
     vocabulary,
-    splits,
+    whole,  # vocabulary that the partial sums are of
+    splits,  # of it
     slice_entries,
     inverse_temperature,
     label_smoothing,
@@ -232,11 +233,11 @@ def gradient_kernel(
     if labels is not None:
         label = tl.load(labels + rows, mask=there, other=-1)
     statistics = tiles.merge_statistics(
-        partial, rows, there, tokens, splits, vocabulary, inverse_temperature,
+        partial, rows, there, tokens, splits, whole, inverse_temperature,
         TEACHER, UNTEMPERED, SEPARATE, SMOOTHING, stats is not None, RENORMALISE, SPLITS,
     )  # fmt: skip
     factors = tiles.finish(
-        statistics, totals, coefficients, label, rows, there, tokens, splits, vocabulary, inverse_temperature, label_smoothing,
+        statistics, totals, coefficients, label, rows, there, tokens, splits, whole, inverse_temperature, label_smoothing,
         SMOOTHING, DIVERGENCE, RENORMALISE, SPLITS,
     )  # fmt: skip
     if tl.program_id(1) == 0:

@@ -8,7 +8,8 @@ statistics  maxima and sums of an online softmax; what a divergence sums in the 
             (`divergences.renormalised_by`): taken with logits less the running maximum in place of log-probabilities.
 totals      sums that need the log-sum-exps: every other divergence, the stats, and whatever has an entry below the floor.
 
-Partial sums lie in memory as (fields, tokens, splits) float32.
+Partial sums lie in memory as (fields, tokens, splits) float32. Where the vocabulary is in shards of several ranks, those of every rank's
+splits lie one after the other: `vocabulary` of what merges them is the whole one's.
 """
 
 import triton
@@ -18,8 +19,11 @@ from distill_kernels.backends.triton.elementwise import FLOOR, raised, value_and
 from distill_kernels.problem import STATS, TAIL_PROBABILITY, TERMS
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# What labels that stand for none are below; one of another rank's shard may be negative, too.
+NO_LABEL = tl.constexpr(-(2**31))
 TAIL = tl.constexpr(TAIL_PROBABILITY)
 STATISTICS = 13  # fields of `no_statistics`
+PLACES = (6, 10)  # of them: entries of the vocabulary
 TOTALS = 7  # fields of `no_totals`
 MERGED = 6  # fields of `put_merged`
 TERM_COUNT = tl.constexpr(len(TERMS))
@@ -294,13 +298,13 @@ def finish(
     cross_entropy, nll, label_push, smoothing_push = kd * 0.0, kd * 0.0, kd * 0.0, kd * 0.0
     if label is not None:
         bare = label_z - max_q - log_sum_bare
-        nll = tl.where(label < 0, 0.0, -raised(bare))
-        label_weight = tl.where((label < 0) | (bare < FLOOR), 0.0, 1.0 - label_smoothing)
+        nll = tl.where(label < NO_LABEL, 0.0, -raised(bare))
+        label_weight = tl.where((label < NO_LABEL) | (bare < FLOOR), 0.0, 1.0 - label_smoothing)
         cross_entropy = (1.0 - label_smoothing) * nll
         label_push = ce * label_weight
         pull += label_push
         if SMOOTHING:
-            share = tl.where(label < 0, 0.0, label_smoothing / vocabulary)
+            share = tl.where(label < NO_LABEL, 0.0, label_smoothing / vocabulary)
             cross_entropy -= share * smoothing
             smoothing_push = ce * share
             pull += smoothing_push * unclamped
