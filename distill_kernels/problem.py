@@ -182,7 +182,7 @@ def check_sweep(sweep, column_fraction):
 def check_options(
     *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
     teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, sweep_tolerance, workspace_mib,
-    ignore_index, process_group,
+    ignore_index,
 ):  # fmt: skip
     """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
     finite_number("temperature", temperature, above=0)
@@ -212,11 +212,15 @@ def check_options(
         finite_number("column_fraction", column_fraction, above=0, most=1)
     finite_number("sweep_tolerance", sweep_tolerance, above=0, optional=True)
     check_sweep(sweep, column_fraction)
-    if process_group is not None:
-        if column_fraction == "auto":
-            raise NotImplementedError('column_fraction="auto" is not available with a process_group; pass a number')
-        if sweep is not None:
-            raise NotImplementedError("a quantised sweep is not available with a process_group; pass sweep=None")
+
+def check_sharded(column_fraction, sweep, vocab_mismatch):
+    """Raises NotImplementedError for options that need the whole vocabulary on one rank."""
+    if column_fraction == "auto":
+        raise NotImplementedError('column_fraction="auto" is not available for a vocabulary in shards; pass a number')
+    if sweep is not None:
+        raise NotImplementedError("a quantised sweep is not available for a vocabulary in shards; pass sweep=None")
+    if vocab_mismatch != "error":
+        raise NotImplementedError('vocab_mismatch="truncate" is not available for a vocabulary in shards; truncate the heads before')
 
 
 def check_matrix(name, tensor, dim=None):
@@ -245,6 +249,11 @@ def check_head(prefix, hidden, weight, bias):
         raise ValueError(
             f"{prefix}hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {prefix}weight has "
             f"{weight.shape[1]} columns (shape {tuple(weight.shape)}); wanted hidden (..., D) and weight (V, D)"
+        )
+    if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
+        raise ValueError(
+            f"{prefix}weight is a parameter of {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} here; call "
+            "the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")

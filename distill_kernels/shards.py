@@ -26,8 +26,9 @@ from torch import Tensor
 from distill_kernels.problem import Problem, Tensors
 
 STATISTICS, SUMS = 6, 8
-# Its name before torch 2.13.
+# By their names of torch 2.13, or those before.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 # Fields of a problem that are each rank's own.
 _OWN = ("vocabulary", "device", "group", "shard_sizes")
 _PLACES = 16  # of a tensor's entries, that are compared to see whether all ranks hold the same tokens
@@ -39,15 +40,18 @@ _TOLERANCE = 0.1
 class Shards:
     group: distributed.ProcessGroup
     rank: int
-    sizes: tuple[int, ...]  # entries of each rank
+    ranks: int
+    sizes: tuple[int, ...] = ()  # entries of each rank; () before they have told each other
 
     @classmethod
     def of(cls, problem: Problem) -> "Shards | None":
         """None if the vocabulary is whole."""
-        if not problem.group:
-            return None
-        group = distributed.distributed_c10d._resolve_process_group(problem.group)
-        return cls(group, distributed.get_rank(group), tuple(problem.shard_sizes))
+        return cls.in_group(problem.group, tuple(problem.shard_sizes)) if problem.group else None
+
+    @classmethod
+    def in_group(cls, name: str, sizes: tuple[int, ...] = ()) -> "Shards":
+        group = distributed.distributed_c10d._resolve_process_group(name)
+        return cls(group, distributed.get_rank(group), distributed.get_world_size(group), sizes)
 
     @property
     def begin(self) -> int:
@@ -57,7 +61,7 @@ class Shards:
     def gather(self, values: Tensor) -> Generator[None, None, Tensor]:
         """Returns (ranks, ...), every rank's values (...). It yields once, while they are on their way."""
         values = values.contiguous()
-        everyone = values.new_empty(distributed.get_world_size(self.group), *values.shape)
+        everyone = values.new_empty(self.ranks, *values.shape)
         work = _all_gather(everyone.view(-1, *values.shape[1:]), values, group=self.group, async_op=True)
         yield
         work.wait()
@@ -68,6 +72,13 @@ class Shards:
         work = distributed.all_reduce(values, group=self.group, async_op=True)
         yield
         work.wait()
+
+
+    def scatter_sum(self, values: Tensor) -> Tensor:
+        """Of the sum of every rank's values (ranks · n, ...), this rank's part (n, ...)."""
+        own = values.new_empty(len(values) // self.ranks, *values.shape[1:])
+        _reduce_scatter(own, values.contiguous(), group=self.group)
+        return own
 
 
 def waited_for(exchange: Generator):
@@ -82,8 +93,8 @@ def waited_for(exchange: Generator):
 def join(problem: Problem, tensors: Tensors) -> Problem:
     """The problem with the sizes of all ranks' shards; as it is where the vocabulary is whole.
 
-    Every rank says what it was called with, in a message whose size does not depend on that, and waits for the others. Raises ValueError, on
-    every rank, if one was called with other options, other shapes or other tokens.
+    Every rank says what it was called with, in a message whose size does not depend on that, and waits for the others. Raises ValueError,
+    on every rank, if one was called with other options, other shapes or other tokens.
     """
     shards = Shards.of(problem)
     if shards is None:
@@ -97,15 +108,16 @@ def join(problem: Problem, tensors: Tensors) -> Problem:
     said = waited_for(shards.gather(torch.cat([words, *(places.view(torch.int64) for places in held.values())]))).cpu()
     words, *places = said.split([len(words), *[_PLACES] * len(held)], 1)
     for i, name in enumerate(options, 1):
-        _refuse(words[:, i] != words[0, i], f"were called with another {name.replace('_', ' ')} than rank 0")
+        _refuse(words[:, i] != words[0, i], f"called with another {name} than rank 0")
     for name, entries in zip(held, places, strict=True):
         entries = entries.contiguous().view(torch.float64)
         tolerance = 0.0 if name == "labels" else _TOLERANCE
         other = ~torch.isclose(entries, entries[:1], rtol=tolerance, atol=0.0, equal_nan=True)
         _refuse(
             other.sum(1) > (0 if name == "labels" else _PLACES // 2),
-            f"hold other {name.replace('_', ' ')} than rank 0: all ranks of a group have the same tokens, and only the vocabulary is divided "
-            "(a head that is sharded over data-parallel ranks is whole inside the wrapped module's forward: call the loss there)",
+            f"called with another {name} than rank 0. Ranks that share a vocabulary have the same tokens, or gather them, if "
+            "sequence_parallel=True; a head that is sharded over data-parallel ranks is whole inside of the wrapped module's forward: call "
+            "the loss there",
         )
     return replace(problem, shard_sizes=tuple(words[:, 0].tolist()))
 
@@ -127,4 +139,4 @@ def _sampled(tensors: Tensors, name: str) -> Tensor:
 def _refuse(differ: Tensor, how: str):
     if differ.any():
         ranks = differ.nonzero().squeeze(-1).tolist()
-        raise ValueError(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of the process group {how}")
+        raise ValueError(f"process group: rank {' and '.join(map(str, ranks))} {how}")

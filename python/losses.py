@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from distill_kernels import autograd
 from distill_kernels import problem as contract
 from distill_kernels import quantised as sweeps
-from distill_kernels.api import heads, per_token
-from distill_kernels.api.vocabulary_shards import group_name
+from distill_kernels.api import heads, per_token, vocabulary_shards
 from distill_kernels.columns import FRACTIONS
 from distill_kernels.divergences import STUDENT_ENTROPY, resolve
 
@@ -48,6 +47,7 @@ def distillation_loss(
     backend: str = "auto",
     workspace_mib: int | None = None,
     process_group=None,
+    sequence_parallel: bool = False,
 ) -> Tensor:
     """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
 
@@ -97,7 +97,16 @@ def distillation_loss(
         sweep_tolerance: standard error of a token's divergence and log-sum-exp, in nats, root mean square over a chunk of tokens, above
             which the chunk's sums are computed exactly; its gradients still go over the columns. A GPU is waited for to see it, unless a
             graph is being captured. None: never, unless on CPU the errors are not even finite numbers.
-        process_group: not available yet, NotImplementedError.
+        process_group: torch.distributed's group, or a device mesh of one dimension, whose ranks each have some rows of the vocabulary,
+            in the order of ranks: student_weight, teacher_weight and biases are this rank's rows, of the same entries for both models,
+            and everything else, labels of the whole vocabulary included, is the same on all ranks (see `shards`). Every rank gets the loss
+            and the whole gradient of student_hidden, and those of its rows. Heads that are DTensors with rows sharded say it themselves.
+            All ranks have to call, and to go backward; what one was called with otherwise raises ValueError on all. Not with
+            column_fraction="auto" or sweep. Columns are sampled on each rank from its own rows.
+        sequence_parallel: the tokens are divided over the ranks of process_group as well, as many on each: hidden states, labels and
+            token_weight are this rank's. They are gathered, and the gradient of student_hidden is scattered while it is added up. Means
+            are over all ranks' tokens; with reduction="none" and in the stats each rank gets its own. So it is for hidden states that are
+            DTensors with tokens sharded.
         backend: "auto", or one of those that `doctor()` lists; a named one runs or raises.
         workspace_mib: memory for logits and all else but gradients, by default 192 on CPU and 1024 on a GPU. Larger is faster where
             heads are large.
@@ -113,7 +122,7 @@ def distillation_loss(
         >>> loss = distillation_loss(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96), temperature=2.0)
         >>> loss.backward()
     """
-    return _distillation_loss(**locals(), stats=False)[0]
+    return _over_ranks(**locals(), stats=False)[0]
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationS
     """
     call = SIGNATURE.bind(*args, **options)
     call.apply_defaults()
-    return _distillation_loss(**call.arguments, stats=True)
+    return _over_ranks(**call.arguments, stats=True)
 
 
 SIGNATURE = inspect.signature(distillation_loss)
@@ -203,6 +212,7 @@ def token_logprobs(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    process_group=None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
 
@@ -215,13 +225,15 @@ def token_logprobs(
         >>> logprobs, entropies = token_logprobs(hidden, head, torch.randint(1000, (2, 8)))
         >>> (-logprobs - 0.01 * entropies).mean().backward()
     """
+    local, spread = vocabulary_shards.localised({"student_weight": weight, "student_bias": bias}, process_group, False)
+    weight, bias = local["student_weight"], local["student_bias"]
     per_token.check_logprobs(hidden, weight, bias, temperature, logit_scale, softcap, backend)
     contract.integer("ignore_index", ignore_index)
     workspace_mib = contract.workspace(workspace_mib, hidden.device)
     contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
     contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
     valid = token_ids != ignore_index
-    token_ids = per_token.marked("token_ids", token_ids, valid, weight.shape[0])
+    token_ids = per_token.marked("token_ids", token_ids, valid, None if spread.group else weight.shape[0])
     coefficients = per_token.per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
     tensors = per_token.flat(hidden, weight, bias, None, None, None, token_ids, coefficients)
     problem = per_token.problem(
@@ -233,6 +245,7 @@ def token_logprobs(
         student_logit_scale=logit_scale / temperature,
         student_softcap=None if softcap is None else softcap / temperature,
         compact=True,
+        group=spread.group,
         workspace_mib=workspace_mib,
     )
     terms = autograd.run(problem, tensors, backend=backend, deferred=True).terms
@@ -250,12 +263,31 @@ def _check_options(options):
     sweeps.check(options["sweep"], divergence if options["kd_weight"] else None, options["label_smoothing"] * options["ce_weight"] != 0)
 
 
+def _over_ranks(process_group, sequence_parallel, stats, **arguments):
+    """`_distillation_loss` of this rank's part, or of all ranks' tokens."""
+    arguments, spread = vocabulary_shards.localised(arguments, process_group, sequence_parallel)
+    if not spread.tokens:
+        return _distillation_loss(**arguments, spread=spread, stats=stats)
+    tokens = arguments["student_hidden"].shape[:-1]
+    loss, made = _distillation_loss(**vocabulary_shards.all_tokens(arguments, spread.group), spread=spread, stats=stats)
+
+    def own(values):
+        of_tokens = values is not None and values.dim() == 1 and values is not made.gradient_error
+        return vocabulary_shards.own_tokens(values, tokens, spread.group) if of_tokens else values
+
+    if loss.dim():
+        loss = vocabulary_shards.own_tokens(loss, tokens, spread.group)
+    return loss, DistillationStats(**{name: own(value) for name, value in vars(made).items()}) if stats else None
+
+
 def _distillation_loss(
     student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, student_bias, teacher_bias, token_weight, num_items, stats,
-    **options,
+    spread, **options,
 ):  # fmt: skip
     """(loss, DistillationStats or None): validated, reduced, everything `distillation_loss` documents."""
     _check_options(options)
+    if spread.group:
+        contract.check_sharded(options["column_fraction"], options["sweep"], options["vocab_mismatch"])
     prepared = student_weight, teacher_weight
     student_weight, teacher_weight = map(heads.weight_of, prepared)
     tokens = _check_tensors(
@@ -269,9 +301,8 @@ def _distillation_loss(
 
     dtype = per_token.compute_dtype(student_hidden, teacher_hidden)
     valid, factor = per_token.factors(tokens, labels, token_weight, num_items, options, dtype, student_hidden.device)
-    group = group_name(options["process_group"])
     if labels is not None:
-        labels = per_token.marked("labels", labels, valid, None if group else student_weight.shape[0])
+        labels = per_token.marked("labels", labels, valid, None if spread.group else student_weight.shape[0])
     if options["temperature_squared"]:
         kd = kd * options["temperature"] ** 2
     coefficients = per_token.per_term(factor.reshape(-1), kd, ce, z_loss)
@@ -292,7 +323,8 @@ def _distillation_loss(
         sweep=options["sweep"] or "",
         sweep_tolerance=float("inf") if options["sweep_tolerance"] is None else options["sweep_tolerance"],
         compact=labels is not None or token_weight is not None,
-        group=group,
+        group=spread.group,
+        shares_d_hidden=spread.tokens,
         **{
             name: options[name]
             for name in (

@@ -92,7 +92,7 @@ def sparse_distillation_loss(
         temperature=temperature, kd_weight=kd_weight, z_loss_weight=z_loss_weight, label_smoothing=0.0,
         student_logit_scale=student_logit_scale, teacher_logit_scale=1.0, student_softcap=student_softcap, teacher_softcap=None,
         vocab_mismatch="error", column_fraction=None, gradient_tolerance=None, seed=None, sweep=None, sweep_tolerance=None,
-        workspace_mib=workspace_mib, process_group=None, **options,
+        workspace_mib=workspace_mib, **options,
     )  # fmt: skip
     contract.backend_name(backend)
     divergence = resolve(divergence)

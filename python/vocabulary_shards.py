@@ -1,13 +1,55 @@
-"""Heads whose rows are divided over the ranks of a process group: which group that is, and this rank's rows."""
+"""Calls whose heads are divided over the ranks of a process group by rows: which group that is, this rank's rows, and all ranks' tokens."""
 
+from typing import Any, NamedTuple
+
+import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from distill_kernels.shards import Shards, waited_for
 
-def group_name(process_group) -> str:
-    """"" for None. Raises TypeError or ValueError unless it is a process group, or a device mesh of one dimension, of this rank's."""
-    if process_group is None:
-        return ""
+HEADS = ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
+HIDDEN = ("student_hidden", "teacher_hidden")
+OF_TOKENS = (*HIDDEN, "labels", "token_weight")
+
+
+class Spread(NamedTuple):
+    group: str  # its name; "": the vocabulary is whole
+    tokens: bool  # whether those are divided over the ranks as well
+
+
+def localised(arguments: dict[str, Any], process_group, sequence_parallel: bool) -> tuple[dict[str, Any], Spread]:
+    """The call's arguments with this rank's part of every DTensor, and how the call is spread over ranks.
+
+    Raises TypeError or ValueError, in words, for what is no group, and for DTensors that are not laid out as the loss wants them.
+    """
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(f"sequence_parallel must be True or False, got {sequence_parallel!r}")
+    group = None if process_group is None else _group(process_group)
+    local = dict(arguments)
+    for name in HEADS:
+        if _is_dtensor(local.get(name)):
+            local[name], of_head = _rows(name, local[name])
+            if of_head is not None and group not in (None, of_head):
+                raise ValueError(f"{name} is a DTensor whose rows are divided over another group than process_group")
+            group = of_head or group
+    tokens_divided = {name: _tokens_divided(name, local[name]) for name in OF_TOKENS if _is_dtensor(local.get(name))}
+    if any(tokens_divided.values()) and not all(tokens_divided.values()):
+        divided, whole = (", ".join(name for name, value in tokens_divided.items() if value is wanted) for wanted in (True, False))
+        raise ValueError(f"the tokens of {divided} are divided over ranks and those of {whole} are not; wanted all alike")
+    for name in tokens_divided:
+        local[name] = local[name].to_local()
+    sequence_parallel = sequence_parallel or any(tokens_divided.values())
+    if sequence_parallel and group is None:
+        raise ValueError(
+            "the tokens are divided over ranks but the heads are not: that is data parallelism, where each rank calls the loss with its "
+            "own tokens and, for num_items, the number of tokens that all ranks learn from, divided by the number of ranks if gradients "
+            "are averaged over them"
+        )
+    return local, Spread("" if group is None else group.group_name, sequence_parallel)
+
+
+def _group(process_group) -> "distributed.ProcessGroup":
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError("process_group was passed, but torch.distributed is not initialised; call init_process_group first")
     if isinstance(process_group, distributed.DeviceMesh):
@@ -16,7 +58,81 @@ def group_name(process_group) -> str:
                 f"process_group is a device mesh of {process_group.ndim} dimensions, wanted the one that the vocabulary is divided over, "
                 'for instance mesh["vocabulary"]'
             )
-        process_group = process_group.get_group()
+        return process_group.get_group()
     if not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or a device mesh, got {type(process_group).__name__}")
-    return process_group.group_name
+    return process_group
+
+
+def _is_dtensor(tensor) -> bool:
+    if not isinstance(tensor, Tensor) or type(tensor) is Tensor or not distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _rows(name: str, tensor) -> "tuple[Tensor, distributed.ProcessGroup | None]":
+    """This rank's rows of a head or bias, and the group that they are divided over; None if every rank has all."""
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(not tensor.placements[dim].is_shard(0) for dim in sharded):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tensor.placements}, wanted Shard(0), rows of the vocabulary, in one dimension of the "
+            "mesh and Replicate() in all others"
+        )
+    return tensor.to_local(), tensor.device_mesh.get_group(sharded[0]) if sharded else None
+
+
+def _tokens_divided(name: str, tensor) -> bool:
+    last = tensor.dim() - 1 if name in HIDDEN else tensor.dim()
+    for placement in tensor.placements:
+        if not placement.is_replicate() and not any(placement.is_shard(dim) for dim in range(last)):
+            raise ValueError(f"{name} is a DTensor with placements {tensor.placements}, wanted Replicate(), or Shard of its tokens")
+    return any(placement.is_shard() for placement in tensor.placements)
+
+
+def all_tokens(arguments: dict[str, Any], group: str) -> dict[str, Any]:
+    """The call's arguments with the tokens of all ranks, one row for each, those of the first rank first.
+
+    The gradient of gathered hidden states is scattered while it is added up over ranks. Raises ValueError, on every rank, unless all ranks
+    have as many tokens.
+    """
+    shards = Shards.in_group(group)
+    hidden = arguments["student_hidden"]
+    counts = waited_for(shards.gather(torch.tensor([hidden.shape[:-1].numel()], device=hidden.device))).flatten().tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"the ranks of the process group have {counts} tokens; wanted as many on each")
+    gathered = dict(arguments)
+    for name in OF_TOKENS:
+        tensor = arguments.get(name)
+        if tensor is not None:
+            by_token = tensor.reshape(-1, tensor.shape[-1]) if name in HIDDEN else tensor.reshape(-1)
+            gathered[name] = _Gathered.apply(by_token, shards)
+    return gathered
+
+
+def own_tokens(values: Tensor, shape: torch.Size, group: str) -> Tensor:
+    """This rank's part (...) of what was made for all tokens (N,)."""
+    return _Own.apply(values, Shards.in_group(group)).view(shape)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, shards):
+        ctx.shards = shards
+        return waited_for(shards.gather(values)).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.shards.scatter_sum(gradient), None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, shards):
+        ctx.shards = shards
+        return values.chunk(shards.ranks)[shards.rank].clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return waited_for(ctx.shards.gather(gradient)).flatten(0, 1), None

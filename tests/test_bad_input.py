@@ -137,7 +137,9 @@ BAD_OPTIONS = [
     ("sweep_smoothing", put(**SWEEP, ce_weight=0.7, label_smoothing=0.1), NotImplementedError, r"^sweep='int8': label_smoothing sums"),
     ("sweep_tolerance_zero", put(sweep_tolerance=0.0), ValueError, r"^sweep_tolerance must be a finite number above 0, got 0.0$"),
     ("sweep_tolerance_text", put(sweep_tolerance="1%"), TypeError, r"^sweep_tolerance must be a number or None, got str$"),
-    ("process_group", put(process_group="world"), NotImplementedError, r"^process_group: .* not available yet; .* pass None$"),
+    ("process_group", put(process_group="world"), ValueError, r"^process_group was passed, but torch.distributed is not initialised; call"),
+    ("sequence_parallel", put(sequence_parallel=True), ValueError, r"^the tokens are divided over ranks but the heads are not: that is d"),
+    ("sequence_parallel_flag", put(sequence_parallel=1), TypeError, r"^sequence_parallel must be True or False, got 1$"),
     ("bad_sweep_beside_valid_fraction", put(column_fraction=0.08, sweep="int4"), ValueError, r"^sweep must be one of"),
     ("bad_fraction_beside_valid_sweep", put(column_fraction=2.0, sweep="int8"), ValueError, r"^column_fraction must be"),
 ]  # fmt: skip
