@@ -252,8 +252,8 @@ def check_head(prefix, hidden, weight, bias):
         )
     if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
         raise ValueError(
-            f"{prefix}weight is a parameter of {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} here; call "
-            "the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
+            f"{prefix}weight is a parameter of shape {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} "
+            "here; call the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")
