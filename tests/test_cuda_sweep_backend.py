@@ -60,8 +60,8 @@ def test_loss_without_gradients_matches_reference(capability, dtype, monkeypatch
 
 
 def test_tokens_of_each_loss():
-    options = everything(TOKENS, VOCABULARY) | {"reduction": "none", "token_weight": make_token_weight(TOKENS), "divergence": "reverse_kl"}
-    check_value(inputs_of_16_bits(), **options)
+    changes = {"reduction": "none", "num_items": None, "token_weight": make_token_weight(TOKENS), "divergence": "reverse_kl"}
+    check_value(inputs_of_16_bits(), **everything(TOKENS, VOCABULARY) | changes)
 
 
 def test_matrices_that_copies_of_16_bytes_cannot_read():
@@ -87,22 +87,20 @@ def test_log_probabilities_without_a_teacher():
         torch.testing.assert_close(one.cpu().double(), other, rtol=2e-5, atol=2e-5, msg=name)
 
 
-def planned(inputs, **options):
-    return plan(*inputs.to(DEVICE)[:4], backend="cuda", **options)
+def planned(student_dim=64, teacher_dim=128, dtype=torch.bfloat16, **options):
+    gradients = {"hidden_gradient": False, "weight_gradient": False}
+    return plan(8192, 32000, student_dim, teacher_dim, dtype=dtype, device=DEVICE, backend="cuda", **gradients, **options)
 
 
 def test_schedule_is_tile_fused_where_nothing_needs_the_logits():
-    inputs = inputs_of_16_bits(bias=False)
-    with torch.no_grad():
-        assert planned(inputs).schedule == "tile-fused"
-        assert planned(inputs, divergence=divergences.jensen_shannon(0.5)).schedule == "chunked"
-        for other, words in (
-            (inputs.to(torch.float32), "the student's are float32"),
-            (inputs_of_16_bits(bias=False, student_dim=20), "hidden size 20"),
-            (inputs_of_16_bits(bias=False, teacher_dim=12), "teacher's hidden size 12"),
-        ):
-            made = planned(other)
-            assert made.schedule == "chunked" and words in made.reason
+    assert planned().schedule == planned(dtype=torch.float16).schedule == "tile-fused"
+    assert planned(divergence=divergences.jensen_shannon(0.5)).schedule == "chunked"
+    for made, words in (
+        (planned(dtype=torch.float32), "the student's are float32"),
+        (planned(student_dim=20), "the student's hidden size 20"),
+        (planned(teacher_dim=12), "the teacher's hidden size 12"),
+    ):
+        assert made.schedule == "chunked" and words in made.reason
 
 
 def test_memory_is_no_more_than_planned(kernels):
