@@ -76,8 +76,11 @@ class CachePlan:
     shard_rows: tuple[int, ...]
     shard_tokens: tuple[int, ...]
 
-    @cached_property
     def fingerprint(self) -> str:
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         return hashlib.sha256(to_json(asdict(self))).hexdigest()
 
     @property
@@ -173,7 +176,7 @@ def to_json(content: Any) -> bytes:
 
 def metadata(plan: CachePlan, shard: int | None) -> dict[str, str]:
     """In the header of a shard, or of the head (None)."""
-    return {METADATA: json.dumps({"plan": plan.fingerprint, "shard": shard})}
+    return {METADATA: json.dumps({"plan": plan.fingerprint(), "shard": shard})}
 
 
 def index_content(plan: CachePlan, files: list[dict[str, Any]]) -> dict[str, Any]:
