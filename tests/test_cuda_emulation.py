@@ -13,7 +13,7 @@ PROGRAM = """
 #define SHARED(T, name) T* name = reinterpret_cast<T*>(emulation::shared())
 void kernel(float* out) {{
   const int t = int(threadIdx.x), lane = t % 32;
-  (void)lane;
+  (void)lane, (void)out;
   {body}
 }}
 int main(int, char** arguments) try {{
@@ -38,7 +38,7 @@ def run(tmp_path, body, sanitizer="", seeds=(0, 1, 2), *, floats=64, grid=1, clu
     for seed in seeds:
         command = (["setarch", "-R"] if sanitizer == "thread" else []) + [str(program), str(seed)]
         options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "PATH": "/usr/bin:/bin"}
-        made = subprocess.run(command, capture_output=True, text=True, env=options, timeout=60)
+        made = subprocess.run(command, capture_output=True, text=True, env=options, timeout=600)
         said.add(made.stdout + made.stderr)
         if made.returncode:
             return made.stdout + made.stderr
@@ -110,7 +110,7 @@ COPY = """SHARED(float, memory); float* source = out + 64; (void)lane;
 
 
 def test_late_and_early_copies_find_what_waits_wrongly(tmp_path):
-    fill = "for (int i = 0; i < 4; ++i) out[64 + 4 * t + i] = float(4 * t + i);"
+    fill = "for (int i = 0; i < 4; ++i) out[64 + 4 * t + i] = float(4 * t + i);\n"
     wanted = run(tmp_path, fill + COPY.format("emulation::cp_async_wait(0);"), floats=96, threads=8)
     assert wanted[:32:4] == [8 * t + 3 if t != 3 else 12 for t in range(8)]
     late = run(tmp_path, fill + COPY.format(""), floats=96, threads=8, seeds=(2,))
@@ -124,7 +124,7 @@ def test_late_and_early_copies_find_what_waits_wrongly(tmp_path):
         ("if (t < 32) __syncthreads();\n else __syncthreads();", "wait at different barriers"),
         ("out[t] = __shfl_xor_sync(0xffffu, float(t), 1);", "lane 16 calls a collective that its mask leaves out|its mask leaves out"),
         ("if (lane < 16) out[t] = __shfl_xor_sync(0xffffu, float(t), 16);", "outside of its mask"),
-        ("if (lane == 5) return; __syncwarp();", "waits for lane 5, which has exited|deadlock"),
+        ("if (lane == 5) return;\n __syncwarp();", "waits for lane 5, which has exited|deadlock"),
         ("if (lane < 16) __syncwarp(); else out[t] = __shfl_xor_sync(~0u, float(t), 1);", "different collectives"),
         ("emulation::cluster_wait();", "without having arrived"),
         ("emulation::shared_of(emulation::shared(), 1);", "shared memory of block 1 in a cluster of 1"),
