@@ -76,11 +76,8 @@ class CachePlan:
     shard_rows: tuple[int, ...]
     shard_tokens: tuple[int, ...]
 
-    def fingerprint(self) -> str:
-        return self._sha256
-
     @cached_property
-    def _sha256(self) -> str:
+    def fingerprint(self) -> str:
         return hashlib.sha256(to_json(asdict(self))).hexdigest()
 
     @property
@@ -176,7 +173,7 @@ def to_json(content: Any) -> bytes:
 
 def metadata(plan: CachePlan, shard: int | None) -> dict[str, str]:
     """In the header of a shard, or of the head (None)."""
-    return {METADATA: json.dumps({"plan": plan.fingerprint(), "shard": shard})}
+    return {METADATA: json.dumps({"plan": plan.fingerprint, "shard": shard})}
 
 
 def index_content(plan: CachePlan, files: list[dict[str, Any]]) -> dict[str, Any]:

@@ -101,4 +101,4 @@ def _whose(found: str | None, plan: CachePlan) -> str:
         plan_found, shard = content["plan"], content["shard"]
     except (ValueError, KeyError, TypeError):
         return "it says nothing of a teacher cache"
-    return "it is of another cache" if plan_found != plan.fingerprint() else f"it says that it is shard {shard}"
+    return "it is of another cache" if plan_found != plan.fingerprint else f"it says that it is shard {shard}"
