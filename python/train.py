@@ -41,8 +41,7 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     output, autocast = settings.output, training_inputs.PRECISIONS[settings.precision]
     made = training_inputs.load(settings, checkpoint)
-    loss = dict(settings.loss)
-    training.check_loss(made.student, made.text, autocast, **loss)
+    training.check_loss(made.student, made.text, autocast, **made.loss)
     done = 0 if checkpoint is None else training_checkpoints.read_run(checkpoint)["step"]
     optimizer, schedule = training.optimizer_and_schedule(made.student, settings.learning_rate, settings.steps, done)
     torch.manual_seed(settings.seed)
@@ -54,10 +53,10 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     marks = {0, settings.steps, *range(settings.evaluate_every, settings.steps, settings.evaluate_every)}
     with _log(output, done) as write:
         last = time.perf_counter()
-        text = training.PreparedText(made.text) if loss.get("sweep") else made.text
+        text = training.PreparedText(made.text) if made.loss.get("sweep") else made.text
         for record in training.train_and_evaluate(
             made.student, text, made.order, made.held_out, optimizer, schedule,
-            marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **loss,
+            marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **made.loss,
         ):  # fmt: skip
             now = time.perf_counter()
             write({**record, "seconds": now - last})
@@ -73,7 +72,7 @@ def _finish(settings: Settings, made: training_inputs.Inputs, seconds: float) ->
     curve = [{name: value for name, value in record.items() if name != "seconds"} for record in records if "perplexity" in record]
     quality = [{name: point[name] for name in ("kl", "top1_agreement", "perplexity") if name in point} for point in curve]
     table = {"student before": quality[0], "student after": quality[-1]}
-    if made.description["teacher"] is not None:
+    if "kl" in quality[0]:
         table["teacher"] = training.evaluate_teacher(made.held_out, settings.at_once or settings.batch_size)
     losses = [record["loss"] for record in records if record["step"]]
     report = {
@@ -130,6 +129,8 @@ def _check_sources(settings: Settings, needs_teacher: bool) -> None:
         raise UserError("--teacher and --teacher-cache are both given; the cache is there in place of the teacher")
     if settings.teacher is None and settings.teacher_cache is None and needs_teacher:
         raise UserError("there is no teacher: pass --teacher or --teacher-cache, or --kd-weight 0 --ce-weight 1 for the text alone")
+    if settings.tail is not None and settings.teacher_cache is None:
+        raise UserError("--tail is of a --teacher-cache of top-k log-probabilities")
     if settings.student is None and settings.teacher is None:
         raise UserError("there is no student: pass --student PATH, or --teacher PATH to cut one from its layers")
     if settings.student is not None and settings.student_layers is not None:
