@@ -1,14 +1,17 @@
 // What the sweep's kernels do beside multiplying: one loop over the tiles of a block, the sums of every token that a thread sees some
 // entries of, and their merge. sweep_mma.cu and sweep_wgmma.cu bring the products.
 //
-// A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden states
-// with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries that it
-// holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order of the
-// threads, and written; sweep.cu merges the splits', in the order of the vocabulary. The same inputs give the same bits.
+// A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden
+// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries
+// that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order
+// of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give the same bits.
 //
-// Flops 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles. Bytes of hidden states and heads that are asked for, E of an element:
-// (⌈N / kSweepRows / cluster⌉ · V + ⌈V / kSweepEntries⌉ · N) · (D_s + D_t) · E
-// for each pass, splits beginning at whole tiles: the heads once for every cluster, the hidden states once for every tile.
+// Flops of a pass 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles and D to whole stages of the ring. Bytes of hidden states and
+// heads that it asks for, E of an element:
+//
+//     (⌈N / (kSweepRows · cluster)⌉ · V + ⌈V / kSweepEntries⌉ · N) · (D_s + D_t) · E
+//
+// the heads once for every cluster, the hidden states once for every tile of the vocabulary.
 #pragma once
 
 #include "mma.cuh"

@@ -1,12 +1,12 @@
 // The sweep by wgmma and the copy engine, for sm_90a alone.
 //
-// One warp copies, two groups of four warps multiply 64 tokens each. Tiles of hidden states and head, kDepth along the dimension, go through
-// a ring of kStages in shared memory, each stage with two barriers: `full` ends a phase when its bytes are there, `empty` when all who
-// multiply have read it. The blocks of a cluster own neighbouring tokens and one split: each copies its share of a head's tile to all of
-// them, so a stage is empty when all warps of the cluster have read it.
+// One thread copies, two groups of four warps multiply 64 tokens each. Tiles of hidden states and head, kDepth along the dimension, go
+// through a ring of kStages in shared memory, each stage with two barriers: `full` ends a phase when its bytes are there, `empty` when all
+// who multiply have read it. The blocks of a cluster own neighbouring tokens and one split: each copies its share of a head's tile to all
+// of them, so a stage is empty when all warps of the cluster have read it.
 //
-// The warps that copy keep 40 registers a thread, the others get 232: 64 logits of each model, and what the sums take. Both models' products
-// of a tile come one after the other into registers; while a group sums, the ring fills.
+// The group of warps that the copying thread is of keeps 40 registers a thread, the others get 232: 64 logits of each model, and what the
+// sums take. Both models' products of a tile come one after the other; while a group sums, the ring fills.
 #include "sweep.cuh"
 #include "sweep_launch.h"
 #include "tma.cuh"
@@ -109,6 +109,7 @@ struct WgmmaProducts {
       turn.advance();
     }
     wait_for_products<0>();
+    hold(sums);
     release(before);
   }
 

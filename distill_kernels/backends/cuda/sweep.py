@@ -12,6 +12,7 @@ from distill_kernels.problem import Problem, Tensors
 ALIGNMENT = 16  # bytes: where rows begin, for copies of as many
 MMA, WGMMA = 0, 1  # sweep.h: enum class Instructions
 WGMMA_CAPABILITY = 90  # and no other: the instruction is of sm_90a
+CLUSTERS = (4, 2, 1)
 MOST_WAVES = 4  # of blocks, that a chip is filled with by splits
 
 
@@ -40,7 +41,9 @@ def sweep_shape(tokens: int, vocabulary: int, limits: Limits) -> SweepShape:
     rows, entries = extension.kernels.sweep_rows, extension.kernels.sweep_entries
     instructions = WGMMA if limits.capability == WGMMA_CAPABILITY else MMA
     blocks, tiles = -(-tokens // rows), -(-vocabulary // entries)
-    cluster = 2 if instructions == WGMMA and blocks > 1 else 1
+    # Four read a head once, and ask the L2 cache for 20 kB where one alone asks for 32. Blocks without a token, to fill a cluster, are few.
+    fitting = [size for size in CLUSTERS if size <= blocks and -blocks % size * 8 <= blocks]
+    cluster = fitting[0] if instructions == WGMMA else 1
     blocks = -(-blocks // cluster) * cluster
 
     def waves_of_tiles(splits):
