@@ -121,6 +121,7 @@ def savable(model: nn.Module) -> nn.Module:
     del config.quantization_config
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
+    plain.generation_config = copy.deepcopy(model.generation_config)
     for parameter, original in zip(plain.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
     return plain.train(model.training)

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import math
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,6 +33,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with _alone(settings.output):
         checkpoint = _where_to_begin(settings)
         if (settings.output / REPORT).exists():
+            training_checkpoints.remove(settings.output)
             print(f"{settings.output} is finished: nothing was left to do")
             return json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
         return _train(settings, checkpoint)
@@ -51,7 +53,7 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     trained = [name for name, parameter in made.student.named_parameters() if parameter.requires_grad]
     state = {**made.identity, "trained": trained}
     marks = {0, settings.steps, *range(settings.evaluate_every, settings.steps, settings.evaluate_every)}
-    with _log(output, done) as write:
+    with _log(output, done) as log:
         last = time.perf_counter()
         text = training.PreparedText(made.text) if made.loss.get("sweep") else made.text
         for record in training.train_and_evaluate(
@@ -59,9 +61,10 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
             marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **made.loss,
         ):  # fmt: skip
             now = time.perf_counter()
-            write({**record, "seconds": now - last})
-            last, step = now, record["step"]
-            if step and (step % settings.checkpoint_every == 0 or step == settings.steps):
+            last, seconds, step = now, now - last, record["step"]
+            ends = step != 0 and (step % settings.checkpoint_every == 0 or step == settings.steps)
+            _write(log, {**record, "seconds": seconds}, to_disk=ends)
+            if ends:
                 training_checkpoints.save(output, step, made.student, made.tokenizer, optimizer, state)
     return _finish(settings, made, time.perf_counter() - started)
 
@@ -156,7 +159,9 @@ def _alone(output: Path) -> Iterator[None]:
     """Refuses a second run in the same folder; the system releases the lock of one that was killed."""
     import fcntl
 
-    with output_folder.unwritable(output), (output / LOCK).open("w") as lock:
+    with output_folder.unwritable(output):
+        lock = (output / LOCK).open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -165,17 +170,23 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(output: Path, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Writes records as lines of JSON, each at once; those of steps after `done`, which will be made again, are removed first."""
+def _log(output: Path, done: int) -> Iterator[TextIO]:
+    """The log, open to be continued; records of steps after `done`, which will be made again, are removed first."""
     kept = "".join(json.dumps(record) + "\n" for record in _read_log(output) if record["step"] <= done and (done or record["step"]))
     output_folder.write_files(output, {LOG: lambda path: path.write_text(kept, encoding="utf-8")})
-    with output_folder.unwritable(output), (output / LOG).open("a", encoding="utf-8") as file:
+    with output_folder.unwritable(output):
+        file = (output / LOG).open("a", encoding="utf-8")
+    with file:
+        yield file
 
-        def write(record: Mapping[str, float]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
 
-        yield write
+def _write(log: TextIO, record: Mapping[str, float], to_disk: bool) -> None:
+    """A line of JSON. to_disk: before a checkpoint, which must not outlast the records of its steps."""
+    with output_folder.unwritable(Path(log.name).parent):
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        if to_disk:
+            os.fsync(log.fileno())
 
 
 def _read_log(output: Path) -> list[dict[str, float]]:

@@ -68,11 +68,12 @@ def load(settings: Settings, checkpoint: Path | None) -> Inputs:
     teacher, tokenizer = None, None
     if settings.teacher is not None:
         teacher, tokenizer = initial_models.load("--teacher", settings.teacher, autocast or torch.float32)
-        initial_models.check_length(teacher, settings.sequence_length)
         teacher.requires_grad_(False).to(device)
     student, tokenizer, trained = _student(settings, checkpoint, teacher, tokenizer)
-    initial_models.check_length(student, settings.sequence_length, "the student")
     if settings.teacher_cache is None:
+        for model, name in ((teacher, "the teacher"), (student, "the student")):
+            if model is not None:
+                initial_models.check_length(model, settings.sequence_length, name)
         text, held_out, order, read, text_hash = _from_text(settings, tokenizer, teacher, device, autocast)
     else:
         text, held_out, order, read, text_hash = _from_cache(settings, tokenizer, device)

@@ -239,6 +239,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(here, tmp_path, monkeypatch, caps
     initial_models.load("checkpoint", kept[0])
 
 
+def test_a_file_that_the_system_refuses_to_write_is_named(here, tmp_path, capsys):
+    """Of 20 kB at most: safetensors raises an error of its own for what the system says."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = tmp_path / "run"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        status = main(taught(here, output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "checkpoint-000004 cannot be written to" in said and "File too large" in said
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "log.jsonl"]
+    # There is no checkpoint to go on from, and so the run begins anew.
+    assert main(taught(here, output, "--resume")) == 0
+
+
 def test_a_cached_teacher_teaches_like_the_living_one(here, tmp_path):
     """Rows of 40 words in pieces of 16: two whole ones and half a one, which is padded."""
     cached = tmp_path / "cached"
