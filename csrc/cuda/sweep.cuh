@@ -11,7 +11,7 @@
 //
 //     (⌈N / (kSweepRows · cluster)⌉ · V + ⌈V / kSweepEntries⌉ · N) · (D_s + D_t) · E
 //
-// the heads once for every cluster, the hidden states once for every tile of the vocabulary.
+// the heads once for every cluster, the hidden states once for every tile of the vocabulary. Biases and labels come beside them.
 #pragma once
 
 #include "mma.cuh"
@@ -71,8 +71,8 @@ DK_DEVICE void store_words(T* to, const T& value) {
   for (unsigned i = 0; i < sizeof(T) / 4; ++i) store(reinterpret_cast<uint32_t*>(to) + i, words[i]);
 }
 
-// The two passes over the heads. TakesStatistics: of all tokens. TakesTotals: once the log-sum-exps are known, of tokens with an entry below
-// the floor, which are few if there are any.
+// The two passes over the heads. TakesStatistics: of all tokens. TakesTotals: once the log-sum-exps are known, of tokens with an entry
+// below the floor, which are few if there are any.
 template <class Divergence>
 struct TakesStatistics {
   using Kept = SweptStatistics;
@@ -119,8 +119,8 @@ struct TakesTotals {
 
 constexpr int kTakenEntries = 8;  // of a token, that a thread takes at a time
 
-// Who holds what of a tile of logits: WARPS_DOWN · WARPS_ACROSS warps, each a part of 16 · FRAGMENTS_DOWN tokens and 8 · FRAGMENTS_ACROSS
-// entries.
+// Who holds what of a tile of logits: WARPS_DOWN · WARPS_ACROSS warps, each a part of 16 · FRAGMENTS_DOWN tokens and
+// 8 · FRAGMENTS_ACROSS entries.
 template <int WARPS_DOWN, int WARPS_ACROSS, int FRAGMENTS_DOWN, int FRAGMENTS_ACROSS>
 struct Parts {
   static constexpr int kThreads = 32 * WARPS_DOWN * WARPS_ACROSS;
@@ -196,7 +196,7 @@ DK_DEVICE int label_of(const Loss& loss, int64_t token) {
   return label < 0 ? -1 : int(label);
 }
 
-// The products of one model, as they came, into what the threads have them for.
+// Takes the logits that a thread holds of a tile into its sums of their tokens.
 template <class Parts, class Takes>
 DK_DEVICE void take_tile(
     const Takes& takes, typename Parts::Logits& student, typename Parts::Logits& teacher, const OwnSums<Parts, typename Takes::Kept>& own,

@@ -151,6 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_arrive();  // no block ends while another still arrives at its barriers
   cluster_wait();
+#else
+  __trap();  // machine code of another chip, for which this is not to be launched
 #endif
 }
 
@@ -167,8 +169,9 @@ void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster,
   };
   const int64_t blocks = (sweep.loss.tokens + kSweepRows * cluster - 1) / (kSweepRows * cluster) * cluster;
   const size_t bytes = kStages * (kStageBytes + 2 * sizeof(Barrier)) + OwnSums<WgmmaParts, typename Takes<Divergence>::Kept>::kBytes;
-  launch(sweep_wgmma<Takes, Divergence>, dim3(unsigned(blocks * sweep.splits)), cluster, dim3(kThreads), bytes, stream, sweep, maps(sweep.student),
-         maps(sweep.teacher), divergence);
+  const dim3 grid(unsigned(blocks * sweep.splits));
+  launch(sweep_wgmma<Takes, Divergence>, grid, cluster, dim3(kThreads), bytes, stream, sweep, maps(sweep.student), maps(sweep.teacher),
+         divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                                 \
