@@ -69,7 +69,7 @@ def write_teacher_cache(
         rows: token ids, a matrix (rows, length) or rows of any lengths.
         output: the folder, new or of an earlier call.
         dtype: of hidden states: "bfloat16" (default; exact for a teacher of that dtype), "float16", "float32", or "int8" with a scale for
-            each row (see int8_rows); of log-probabilities: "float32" (default) or "float16".
+            each token (see int8_rows); of log-probabilities: "float32" (default) or "float16".
         top_k: for kind "top-k", and required there.
         temperature: of log-sum-exp, entropy and log-probabilities.
         batch_size: rows that the teacher runs over at a time.
