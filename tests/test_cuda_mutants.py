@@ -67,7 +67,7 @@ class Mutant(NamedTuple):
 MUTANTS = {
     # Sums.
     "running sum not rescaled": Mutant("statistics.cuh", "s.q.sum *= exp((before_q - s.q.maximum) * inverse);", ";"),
-    "untempered sum not rescaled": Mutant("statistics.cuh", "s.sum_untempered *= exp(before_q - s.q.maximum);", ";"),
+    "untempered sum not rescaled": Mutant("statistics.cuh", "s.sum_untempered *= exp(before_q - s.q.maximum);", "{}"),
     "running divergence not renormalised": Mutant("statistics.cuh", "s.value = brought.value;", ";"),
     "merged divergence not renormalised": Mutant("statistics.cuh", "into.value = a.value + b.value;", "into.value += other.value;"),
     "nothing renormalised from no maximum": Mutant("statistics.cuh", "from == kLowest ? 0.0f : (to", "from == 1.0f ? 0.0f : (to"),

@@ -61,6 +61,7 @@ struct Case {
   unsigned cluster, threads;
   bool holds, teacher, everything;
   float floor, teacher_deviation;  // which tokens have entries below the floor, and of which softmax
+  float inverse_temperature;
   dk::Element dz;
   decltype(&dk::cuda::launch_rows<dk::cuda::forward_kl>) launch;
 };
@@ -86,7 +87,7 @@ void rows(const Case& c, const std::vector<unsigned>& seeds) {
   loss.coefficients = coefficients.get();
   loss.terms = terms.get();
   loss.stats = c.everything ? stats.get() : nullptr;
-  loss.inverse_temperature = 0.5f;
+  loss.inverse_temperature = c.inverse_temperature;
   loss.label_smoothing = 0.1f;
   loss.floor = c.floor;
   loss.tail_probability = 1e-4f;
@@ -150,14 +151,14 @@ int main(int count, char** arguments) try {
   constexpr auto kNone = &dk::cuda::launch_rows<dk::cuda::no_divergence>;
   using dk::Element;
   const Case cases[] = {
-      {5, 301, 1, 64, true, true, true, -16.0f, 3.0f, Element::kFloat32, kForward},  // the untempered softmax alone passes the floor
-      {5, 301, 1, 64, false, true, false, -1e4f, 3.0f, Element::kFloat32, kForward},
-      {5, 301, 2, 32, true, true, false, -14.0f, 9.0f, Element::kFloat32, kForward},  // the teacher's alone
-      {5, 1023, 4, 32, true, true, true, -8.0f, 3.0f, Element::kBfloat16, kThreePasses},
-      {4, 515, 2, 64, false, true, true, -1e4f, 3.0f, Element::kFloat32, kThreePasses},
-      {5, 66, 8, 32, true, true, false, -1e4f, 3.0f, Element::kFloat16, kForward},
-      {6, 3, 1, 32, true, true, true, -1e4f, 3.0f, Element::kFloat32, kForward},
-      {5, 130, 2, 32, true, false, true, -1e4f, 3.0f, Element::kFloat16, kNone},
+      {5, 301, 1, 64, true, true, true, -16.0f, 3.0f, 0.5f, Element::kFloat32, kForward},  // the untempered softmax alone passes the floor
+      {5, 301, 1, 64, false, true, false, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
+      {5, 301, 2, 32, true, true, false, -14.0f, 9.0f, 0.5f, Element::kFloat32, kForward},  // the teacher's alone
+      {5, 1023, 4, 32, true, true, true, -8.0f, 3.0f, 0.5f, Element::kBfloat16, kThreePasses},
+      {4, 515, 2, 64, false, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kThreePasses},
+      {5, 66, 8, 32, true, true, false, -1e4f, 3.0f, 2.0f, Element::kFloat16, kForward},  // threads without an entry, and cold
+      {6, 3, 1, 32, true, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
+      {5, 130, 2, 32, true, false, true, -1e4f, 3.0f, 0.5f, Element::kFloat16, kNone},
   };
   for (const Case& c : cases)
     rows(c, seeds);
