@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks
 
 # The package around an extension built with the flags $(2), in build/sanitize-$(1)/lib. -w: sanitizers make GCC warn of its own headers.
-SANITIZED = CFLAGS="-g -w $(2)" CXXFLAGS="-g -w $(2)" LDFLAGS="$(2)" DISTILL_KERNELS_REQUIRE_NATIVE=1 \
+SANITIZED = CFLAGS="-g -w $(2)" CXXFLAGS="-g -w $(2)" LDFLAGS="$(2)" DISTILL_KERNELS_REQUIRE_NATIVE=1 DISTILL_KERNELS_CUDA=0 \
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize-$(1) --build-lib build/sanitize-$(1)/lib
 
 # From the folder of the package, which "python -m" puts before the installed one. libstdc++: without it in the process from the start,

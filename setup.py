@@ -75,7 +75,11 @@ class BuildExtensions(build_ext):
         objects = [str(Path(self.build_temp, "cuda", Path(source).stem + ".o")) for source in cuda.sources]
         Path(objects[0]).parent.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        compiles = [[NVCC, *host, *cuda.extra_compile_args, *include, "-c", s, "-o", o] for s, o in zip(cuda.sources, objects, strict=True)]
+        compiles = [
+            [NVCC, *host, *cuda.extra_compile_args, *include, "-c", source, "-o", made]
+            for source, made in zip(cuda.sources, objects, strict=True)
+            if self.force or newer_group([source, *cuda.depends], made, "newer")
+        ]
         with ThreadPool(os.cpu_count()) as pool:
             pool.map(self.spawn, compiles, chunksize=1)
         self.spawn([NVCC, *host, *cuda.extra_link_args, *objects, "-o", str(library)])

@@ -1,6 +1,6 @@
 """What a teacher cache loses: KL of the teacher to what is read back of it, and the probability that lists of k tokens leave out.
 
-    python -m benchmarks.cache_errors            # two minutes on two cores; writes results/cache_errors.csv
+    python -m benchmarks.cache_errors            # some minutes on two cores; writes results/cache_errors.csv
 
 SmolLM2-135M-Instruct (dequantised from 4 bits) in float32, 12 windows of 256 tokens of held-out topics of Python's manual. Every token's KL
 is over the full vocabulary, in float64, at temperature 1. "int8, not turned" is what a scale for each row would cost without the Hadamard
@@ -58,16 +58,16 @@ def main():
         for name, read in kinds.items():
             kl, same = divergences(exact, read, output.head.weight)
             results.append(
-                {"kind": "hidden", "dtype": name, "bytes": token_bytes, "mean": kl.mean().item(), "worst": kl.max().item(),
-                 "top1": same.mean().item()}
+                {"kind": "hidden", "dtype": name, "token_bytes": token_bytes, "kl_mean": kl.mean().item(), "kl_worst": kl.max().item(),
+                 "top1_agreement": same.mean().item()}
             )  # fmt: skip
             print(results[-1])
     for k in LISTS:
         output, token_bytes = written(teacher, rows, kind="top-k", top_k=k)
         tail = output.tail_mass
         results.append(
-            {"kind": f"top-{k}", "dtype": "float32", "bytes": token_bytes, "mean": tail.mean().item(), "worst": tail.max().item(),
-             "top1": 1.0}
+            {"kind": f"top-{k}", "dtype": "float32", "token_bytes": token_bytes, "tail_mean": tail.mean().item(),
+             "tail_worst": tail.max().item()}
         )  # fmt: skip
         print(results[-1])
     print(record.write("cache_errors", results, ("kind", "dtype")))

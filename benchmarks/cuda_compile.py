@@ -106,6 +106,8 @@ def table(binary: Path, wanted: str = "") -> list[dict]:
 PROMISED = [
     (r"^row_kernel", r"", ("loads_128", "stores_128", "shared_128")),
     (r"^row_kernel", r"^sm_(90a|100)$", ("cluster_barriers",)),
+    (r"^sweep_mma ", r"", ("mma", "ldmatrix", "copies_128")),
+    (r"^sweep_wgmma ", r"^sm_90a$", ("wgmma", "tma_loads", "mbarriers", "register_moves")),
     (r"^gather_rows_kernel uint4|^scatter_rows_kernel float4", r"", ("loads_128", "stores_128")),
 ]
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 import distill_kernels
 from benchmarks import cases
 from benchmarks.cases import Case
+from distill_kernels import backends
+from distill_kernels.divergences import resolve
+from distill_kernels.problem import Problem
 
 GATE_TOKENS = 256  # whose gradients are compared with float32 eager's
 ERRORS = {"float32": 2e-2, "bfloat16": 0.2}  # relative; float32 allows for TF32 where torch's switch is on
@@ -92,10 +95,21 @@ def variants() -> dict[str, Variant]:
         options = {"column_fraction": FRACTIONS[0], "seed": 0, "sweep": sweep, "sweep_tolerance": None}
         predicted = _predicted("triton", **options)
         found[f"ours, {sweep} sweep"] = Variant(cases.fused("triton", **options), columns=FRACTIONS[0], predicted=predicted)
+    if why_no_cuda() is None:
+        found["ours, cuda"] = Variant(cases.fused("cuda"))
     found |= {"torch backend": Variant(cases.fused("torch")), "eager": Variant(cases.eager)}
     if has_gpu():
         found["compiled"] = Variant(torch.compile(cases.eager, dynamic=False))
     return found | {name: Variant(loss) for name, loss in peers().items()} | cross_entropies()
+
+
+def why_no_cuda() -> str | None:
+    """Why the cuda backend cannot run here; None: it can."""
+    problem = Problem(
+        tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=torch.float32, teacher_dtype=torch.float32, device=device(),
+        divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
+    )  # fmt: skip
+    return backends.load("cuda").why_not(problem)
 
 
 def _predicted(backend, **options):

@@ -4,12 +4,12 @@
     python -m benchmarks.gpu_suite OUT --dry-run      # the same steps at tiny sizes, on CPU in Triton's interpreter if there is no GPU
 
 Stages, each in a process of its own under a watchdog, which prints every thread's stack and kills a stage that hangs: what machine
-this is; what it reaches in cuBLAS products and in a device copy; the row kernels' bandwidth; the Triton backend's tests against the
-float64 reference; then for each case and dtype the gradient error, peak memory and time of the loss (forward + backward, and forward
-alone) by this library (exact, with sampled columns, and with quantised sweeps), eager torch, torch.compile of it, the matrix products
-alone, and, where they are installed, Liger (chunked and Triton), TRL and CCE (cross entropy only, beside this library's). Variants take
-turns and medians are reported; a variant that gives wrong gradients is not timed, one that runs out of memory says so. A stage that fails,
-or for which no time is left, is reported with what it had measured until then, and the others go on.
+this is; what it reaches in cuBLAS products and in a device copy; the bandwidth of both row kernels, Triton's and CUDA's; the tests of both
+backends against the float64 reference; then for each case and dtype the gradient error, peak memory and time of the loss (forward +
+backward, and forward alone) by this library (exact, by either backend, with sampled columns, and with quantised sweeps), eager torch,
+torch.compile of it, the matrix products alone, and, where they are installed, Liger (chunked and Triton), TRL and CCE (cross entropy only,
+beside this library's). Variants take turns and medians are reported; a variant that gives wrong gradients is not timed, one that runs out
+of memory says so. A stage that fails, or for which no time is left, is reported with what it had measured until then, and the others go on.
 
 tflops: of the products that a variant's result asks for, whatever it multiplies again not counted; of_cublas: of the rate of large square
 products. gbps: of a variant's inputs, read once, and its gradients, written once; of_copy: of the rate of a copy.
@@ -36,7 +36,7 @@ import torch
 import distill_kernels
 from benchmarks import record
 from benchmarks.cases import Case
-from benchmarks.gpu_case import MIB, device, has_gpu, interleaved, name_of, peers, run_case, synchronise
+from benchmarks.gpu_case import MIB, device, has_gpu, interleaved, name_of, peers, run_case, synchronise, why_no_cuda
 from distill_kernels import columns
 
 CASES = (
@@ -51,10 +51,12 @@ MINUTES = 8.0
 STAGE_SECONDS = {"environment": 60, "peaks": 40, "rows": 40, "tests": 170}
 CASE_SECONDS = 60
 TEST_PROCESSES = max(1, min(12, (os.cpu_count() or 1) // 2))
-TEST_FILES = ("tests/test_triton.py", "tests/test_triton_quantised.py", "tests/test_triton_graphs.py", "tests/test_columns.py")
-# All of the first three (their names have the word), and of the last what runs on this backend.
-TESTS = "triton or every_backend"
-DRY_TESTS = "(test_divergence_alone and forward_kl) or (drawn_columns and triton)"
+TEST_FILES = (
+    "tests/test_triton.py", "tests/test_triton_quantised.py", "tests/test_triton_graphs.py", "tests/test_cuda.py", "tests/test_columns.py",
+)  # fmt: skip
+# All of the first four (their names have the word), and of the last what runs on these backends.
+TESTS = "triton or cuda or every_backend"
+DRY_TESTS = "(test_divergence_alone and forward_kl and triton) or (drawn_columns and triton)"
 
 
 def environment() -> dict:
@@ -77,7 +79,7 @@ def environment() -> dict:
 
 
 def tests(out: Path, dry: bool) -> dict:
-    """The Triton backend's own tests; on a GPU they run on it, in several processes, for it is compiling that takes the time."""
+    """The own tests of the Triton and CUDA backends; on a GPU they run on it, in several processes, for it is compiling that takes time."""
     root = Path(__file__).resolve().parents[1]
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "--tb=short"]
     collect = [*pytest, "--collect-only", "-k", DRY_TESTS if dry else TESTS, *TEST_FILES]
@@ -121,14 +123,19 @@ def peaks(dry: bool) -> dict:
 
 
 def rows(dry: bool) -> dict:
-    """GB/s of the row kernels on a chunk of bfloat16 models: logits read twice, 16 bytes, and dz written, 2."""
+    """GB/s of the row kernels on a chunk of bfloat16 models: logits read twice, 16 bytes, and dz written, 2. A kernel that holds rows reads
+    them once, which counts as twice here: what it saves is its gain."""
     from distill_kernels import chunked
     from distill_kernels.autograd import Tensors
-    from distill_kernels.backends.triton.launch import Launcher
+    from distill_kernels.backends.cuda.launch import Launcher as CudaLauncher
+    from distill_kernels.backends.triton.launch import Launcher as TritonLauncher
     from distill_kernels.divergences import resolve
     from distill_kernels.problem import Problem
 
-    found = {}
+    found, launchers = {}, {"triton": TritonLauncher, "cuda": CudaLauncher}
+    if (reason := why_no_cuda()) is not None:
+        launchers.pop("cuda")
+        found["cuda"] = reason
     for tokens, vocabulary in ((4, 300),) if dry else ((1024, 128256), (128, 151936), (8, 151936)):
         new = {"device": device(), "dtype": torch.float32}
         student, teacher = (torch.randn(tokens, vocabulary, **new) * 3 for _ in range(2))
@@ -140,13 +147,19 @@ def rows(dry: bool) -> dict:
             tokens=tokens, vocabulary=vocabulary, student_dim=8, teacher_dim=8, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16,
             device=device(), divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
         )  # fmt: skip
-        launcher = Launcher(problem, Tensors(hidden, weight, None, hidden, weight, None, None, coefficients))
         written = {"coefficients": coefficients, "terms": torch.empty(tokens, 3, **new)}
         chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | written)
-        step = lambda chunk=chunk, launcher=launcher, s=student, t=teacher, dz=dz: launcher.rows(chunk, s, t, dz, None)  # noqa: E731
-        step()
-        median = statistics.median(interleaved({"rows": step}, 1.0)["rows"])
-        found[f"{tokens}x{vocabulary}"] = {"seconds": median, "gbps": tokens * vocabulary * 18 / median / 1e9}
+        tensors = Tensors(hidden, weight, None, hidden, weight, None, None, coefficients)
+        made = {name: launcher(problem, tensors) for name, launcher in launchers.items()}
+        steps = {
+            name: lambda of=of, chunk=chunk, student=student, teacher=teacher, dz=dz: of.rows(chunk, student, teacher, dz, None)
+            for name, of in made.items()
+        }
+        for step in steps.values():
+            step()
+        for name, samples in interleaved(steps, 1.0 * len(steps)).items():
+            median = statistics.median(samples)
+            found[f"{name} {tokens}x{vocabulary}"] = {"seconds": median, "gbps": tokens * vocabulary * 18 / median / 1e9}
     return found
 
 

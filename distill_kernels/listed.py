@@ -74,13 +74,15 @@ def with_teacher(lists: Lists, log_p, tail_mass, tail: str, exponent: float, dty
     exponent: p is raised to it, which with tail="renormalise" brings it to another temperature. Raises as `checked`.
     """
     shown = lists.ids >= 0
-    log_p = torch.where(shown, log_p.double(), -torch.inf)
-    # In float64: what is left of 1 may be 1e-9, and log-probabilities near 0 do say so.
-    mass = log_p.exp().sum(-1, keepdim=True)
+    log_p = torch.where(shown, log_p.to(dtype), -torch.inf)
+    # The largest by itself: what it leaves of 1 may be 1e-9, and its logarithm does say so.
+    most, at = log_p.max(-1, keepdim=True)
+    p_of_others = log_p.exp().scatter(-1, at, 0).sum(-1, keepdim=True)
+    mass = most.exp() + p_of_others
     anything = shown.any(-1, keepdim=True)
     too_much = ~(mass <= MOST_MASS)
     nothing = anything & (mass == 0) & (tail == "renormalise")
-    left = None if tail_mass is None else torch.where(anything, tail_mass.double()[:, None], 1.0)
+    left = None if tail_mass is None else torch.where(anything, tail_mass.to(dtype)[:, None], 1.0)
     if log_p.device.type == "cpu":
         wanted = "teacher_logprobs must be logarithms of probabilities, natural ones, at the temperature of the loss"
         _refuse(too_much, mass, f"{wanted}; those of a row must not sum to more than 1")
@@ -92,11 +94,11 @@ def with_teacher(lists: Lists, log_p, tail_mass, tail: str, exponent: float, dty
         flawed = flawed | ~((left >= 0) & (left <= 1)).squeeze(-1)
     log_tail = None
     if tail == "bucket":
-        log_tail = ((1 - mass).clamp(min=0) if left is None else left).log().to(dtype)
+        log_tail = ((-torch.expm1(most) - p_of_others).clamp(min=0) if left is None else left).log()
     elif tail == "renormalise":
         log_p = log_p * exponent
         log_p = torch.where(shown, log_p - log_p.logsumexp(-1, keepdim=True), -torch.inf)
-    return lists._replace(log_p=log_p.to(dtype), shown=shown, log_tail=log_tail, flawed=flawed)
+    return lists._replace(log_p=log_p, shown=shown, log_tail=log_tail, flawed=flawed)
 
 
 def with_labels(lists: Lists, labels) -> Lists:

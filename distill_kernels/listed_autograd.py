@@ -97,8 +97,7 @@ def _terms_problem(*, hidden, weight, ids, divergence, parameters, deferred, **a
     names = ("cross_entropy", "z_loss", "temperature", "student_logit_scale", "student_softcap", "compact", "workspace_mib")
     wanted = {name: arguments[name] and not deferred for name in ("d_hidden", "d_weight", "d_bias")}
     made = from_parameters(divergence, parameters) if divergence else None
-    problem = _problem(hidden, weight, ids, divergence=made, **{name: arguments[name] for name in names}, **wanted)
-    return problem
+    return _problem(hidden, weight, ids, divergence=made, **{name: arguments[name] for name in names}, **wanted)
 
 
 TERMS_ARGUMENTS = tuple(inspect.signature(_compute_terms).parameters)
@@ -165,7 +164,7 @@ def logprobs(
     problem = _logprobs_problem(hidden, weight, ids, logit_scale, softcap, False, False, False, workspace_mib)
     counts = (ids != -1).any(-1)
     lists = checked("token_ids", ids, problem.vocabulary, counts)
-    made, rest = _empty_logprobs(problem, ids)
+    made, rest = (tensor.zero_() for tensor in _empty_logprobs(problem, ids))
 
     def loss(chunk, listed, others):
         part = lists.of(chunk.tokens)
@@ -176,7 +175,6 @@ def logprobs(
         rest[chunk.tokens] = log_q.rest.clamp(min=LOG_PROBABILITY_FLOOR).masked_fill(flawed, torch.nan).squeeze(-1)
         chunk.terms.zero_()
 
-    made.zero_(), rest.zero_()
     coefficients = counts[:, None].to(problem.compute_dtype).expand(-1, 3)
     _run(problem, _tensors(hidden, weight, bias, coefficients), lists.ids, loss, backend)
     return made, rest

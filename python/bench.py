@@ -23,6 +23,7 @@ from distill_kernels.api.user_error import UserError
 from distill_kernels.divergences import from_parameters, resolve
 
 OURS, EAGER = "distill_kernels", "eager torch"
+PEERS = {"liger": "liger-kernel", "trl": "trl"}  # and the packages that they are in
 # Largest relative Frobenius error of the gradients, against eager torch in float32. Ours is held to the tight bound; others round logits
 # or softmaxes to 16 bits, for which there is the wide one.
 TIGHT = {"float32": 1e-4, "bfloat16": 3e-3, "float16": 1e-3}
@@ -151,9 +152,6 @@ def _variants(settings: Settings, eager_bytes: int) -> tuple[list[str], dict[str
     peers = loss_variants.peers(divergence)
     left_out |= {name: f"it is not installed: pip install {package}" for name, package in PEERS.items() if name not in peers}
     return found + list(peers), left_out
-
-
-PEERS = {"liger": "liger-kernel", "trl": "trl"}
 
 
 def _loss(name: str, settings: Settings) -> Callable:

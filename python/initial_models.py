@@ -46,6 +46,19 @@ def load(flag: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.
         raise UserError(f"{flag}: {error}") from error
 
 
+def load_pair(teacher_path: Path | None, student_path: Path | None) -> tuple[nn.Module, nn.Module, Any]:
+    """(frozen teacher, student, their tokenizer), the default teacher and a student cut from the teacher where there is no path."""
+    silence_transformers()
+    teacher, tokenizer = load("--teacher", teacher_path or default_teacher())
+    teacher.requires_grad_(False)
+    if student_path is None:
+        keep = layers_to_keep(teacher) if teacher_path else DEFAULT_LAYERS
+        return teacher, savable(cut_student(teacher, keep)), tokenizer
+    student, student_tokenizer = load("--student", student_path)
+    check_tokenizers(tokenizer, student_tokenizer)
+    return teacher, savable(student).requires_grad_(True), tokenizer
+
+
 def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
     """The same ids have to mean the same tokens, whatever the sizes of the heads."""
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
@@ -108,6 +121,7 @@ def savable(model: nn.Module) -> nn.Module:
     del config.quantization_config
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
+    plain.generation_config = copy.deepcopy(model.generation_config)
     for parameter, original in zip(plain.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
     return plain.train(model.training)

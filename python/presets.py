@@ -272,8 +272,8 @@ CONVENTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 OUT_OF_REACH = {
     "akl": "its weights of forward and reverse KL come from a sort of the teacher's probabilities, token by token",
-    "axolotl": "its teacher is a list of the most probable tokens, not hidden states; it also multiplies the value by temperature², but "
-    "not the gradient (axolotl 0.19)",
+    "axolotl": "its teacher is a list of the most probable tokens, which is what sparse_distillation_loss takes; it multiplies the "
+    "value by temperature², but not the gradient (axolotl 0.19)",
     "minillm": "its reverse KL is estimated from sampled tokens, by policy gradient; token_logprobs gives what that needs, and "
     'divergence="reverse_kl" the exact divergence of each token',
     "taid": "its target mixes the student's own logits into the teacher's",

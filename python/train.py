@@ -3,12 +3,13 @@
 import contextlib
 import json
 import math
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,6 +33,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with _alone(settings.output):
         checkpoint = _where_to_begin(settings)
         if (settings.output / REPORT).exists():
+            training_checkpoints.remove(settings.output)
             print(f"{settings.output} is finished: nothing was left to do")
             return json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
         return _train(settings, checkpoint)
@@ -41,8 +43,7 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     output, autocast = settings.output, training_inputs.PRECISIONS[settings.precision]
     made = training_inputs.load(settings, checkpoint)
-    loss = dict(settings.loss)
-    training.check_loss(made.student, made.text, autocast, **loss)
+    training.check_loss(made.student, made.text, autocast, **made.loss)
     done = 0 if checkpoint is None else training_checkpoints.read_run(checkpoint)["step"]
     optimizer, schedule = training.optimizer_and_schedule(made.student, settings.learning_rate, settings.steps, done)
     torch.manual_seed(settings.seed)
@@ -52,17 +53,18 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     trained = [name for name, parameter in made.student.named_parameters() if parameter.requires_grad]
     state = {**made.identity, "trained": trained}
     marks = {0, settings.steps, *range(settings.evaluate_every, settings.steps, settings.evaluate_every)}
-    with _log(output, done) as write:
+    with _log(output, done) as log:
         last = time.perf_counter()
-        text = training.PreparedText(made.text) if loss.get("sweep") else made.text
+        text = training.PreparedText(made.text) if made.loss.get("sweep") else made.text
         for record in training.train_and_evaluate(
             made.student, text, made.order, made.held_out, optimizer, schedule,
-            marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **loss,
+            marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **made.loss,
         ):  # fmt: skip
             now = time.perf_counter()
-            write({**record, "seconds": now - last})
-            last, step = now, record["step"]
-            if step and (step % settings.checkpoint_every == 0 or step == settings.steps):
+            last, seconds, step = now, now - last, record["step"]
+            ends = step != 0 and (step % settings.checkpoint_every == 0 or step == settings.steps)
+            _write(log, {**record, "seconds": seconds}, to_disk=ends)
+            if ends:
                 training_checkpoints.save(output, step, made.student, made.tokenizer, optimizer, state)
     return _finish(settings, made, time.perf_counter() - started)
 
@@ -73,7 +75,7 @@ def _finish(settings: Settings, made: training_inputs.Inputs, seconds: float) ->
     curve = [{name: value for name, value in record.items() if name != "seconds"} for record in records if "perplexity" in record]
     quality = [{name: point[name] for name in ("kl", "top1_agreement", "perplexity") if name in point} for point in curve]
     table = {"student before": quality[0], "student after": quality[-1]}
-    if made.description["teacher"] is not None:
+    if "kl" in quality[0]:
         table["teacher"] = training.evaluate_teacher(made.held_out, settings.at_once or settings.batch_size)
     losses = [record["loss"] for record in records if record["step"]]
     report = {
@@ -130,6 +132,8 @@ def _check_sources(settings: Settings, needs_teacher: bool) -> None:
         raise UserError("--teacher and --teacher-cache are both given; the cache is there in place of the teacher")
     if settings.teacher is None and settings.teacher_cache is None and needs_teacher:
         raise UserError("there is no teacher: pass --teacher or --teacher-cache, or --kd-weight 0 --ce-weight 1 for the text alone")
+    if settings.tail is not None and settings.teacher_cache is None:
+        raise UserError("--tail is of a --teacher-cache of top-k log-probabilities")
     if settings.student is None and settings.teacher is None:
         raise UserError("there is no student: pass --student PATH, or --teacher PATH to cut one from its layers")
     if settings.student is not None and settings.student_layers is not None:
@@ -155,7 +159,9 @@ def _alone(output: Path) -> Iterator[None]:
     """Refuses a second run in the same folder; the system releases the lock of one that was killed."""
     import fcntl
 
-    with output_folder.unwritable(output), (output / LOCK).open("w") as lock:
+    with output_folder.unwritable(output):
+        lock = (output / LOCK).open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -164,17 +170,23 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(output: Path, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Writes records as lines of JSON, each at once; those of steps after `done`, which will be made again, are removed first."""
+def _log(output: Path, done: int) -> Iterator[TextIO]:
+    """The log, open to be continued; records of steps after `done`, which will be made again, are removed first."""
     kept = "".join(json.dumps(record) + "\n" for record in _read_log(output) if record["step"] <= done and (done or record["step"]))
     output_folder.write_files(output, {LOG: lambda path: path.write_text(kept, encoding="utf-8")})
-    with output_folder.unwritable(output), (output / LOG).open("a", encoding="utf-8") as file:
+    with output_folder.unwritable(output):
+        file = (output / LOG).open("a", encoding="utf-8")
+    with file:
+        yield file
 
-        def write(record: Mapping[str, float]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
 
-        yield write
+def _write(log: TextIO, record: Mapping[str, float], to_disk: bool) -> None:
+    """A line of JSON. to_disk: before a checkpoint, which must not outlast the records of its steps."""
+    with output_folder.unwritable(Path(log.name).parent):
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        if to_disk:
+            os.fsync(log.fileno())
 
 
 def _read_log(output: Path) -> list[dict[str, float]]:

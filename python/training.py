@@ -6,7 +6,7 @@ What is read is a `Text`: the teacher reads along (`TaughtText`), has read every
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.heads import prepare_head
 from distill_kernels.api.losses import distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.sparse import sparse_distillation_loss
 from distill_kernels.api.user_error import UserError
 
 SHOWN = {"kl": "held-out KL {:.3f}", "perplexity": "held-out perplexity {:.1f}"}  # beside a progress bar
@@ -76,11 +77,12 @@ class ReadText(PlainText):
 
 @dataclass(frozen=True)
 class CachedText:
-    """Rows of a teacher cache, of hidden states."""
+    """Rows of a teacher cache."""
 
     cache: TeacherCache
     numbers: Tensor  # (n,) int64, of the rows
     device: str | torch.device = "cpu"
+    tail: str | None = None  # of sparse_distillation_loss, for a cache of top-k log-probabilities
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -90,7 +92,8 @@ class CachedText:
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
-        return self.cache.teacher_output({**inputs, "row": self.numbers[rows]}).as_teacher()
+        output = self.cache.teacher_output({**inputs, "row": self.numbers[rows]})
+        return output.as_teacher() if self.tail is None else output.as_sparse_teacher(self.tail)
 
 
 class PreparedText:
@@ -131,9 +134,14 @@ def check_loss(student: nn.Module, text: Text, autocast: torch.dtype | None = No
         teacher = text.teacher(row, inputs)
         with casting(inputs["input_ids"].device, autocast):
             output = run_backbone(student, **inputs)
-            distillation_loss(**output.as_student(), **teacher, labels=next_token_labels(**inputs), **loss_options)
+            loss_for(teacher)(**output.as_student(), **teacher, labels=next_token_labels(**inputs), **loss_options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
+
+
+def loss_for(teacher: dict[str, Any]) -> Callable[..., Tensor]:
+    """The loss that takes these arguments of a teacher."""
+    return sparse_distillation_loss if "teacher_ids" in teacher else distillation_loss
 
 
 def optimizer_and_schedule(
@@ -175,7 +183,7 @@ def train(
             with casting(some["input_ids"].device, autocast):
                 output = run_backbone(student, **some)
                 labels = next_token_labels(**some)
-                loss = distillation_loss(**output.as_student(), **teacher, labels=labels, num_items=num_items, **loss_options)
+                loss = loss_for(teacher)(**output.as_student(), **teacher, labels=labels, num_items=num_items, **loss_options)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -235,7 +243,7 @@ def evaluate(
 ) -> dict[str, float]:
     """kl: mean KL(teacher‖student) at temperature 1, nats per token; top1_agreement: fraction of tokens; perplexity: of the text.
 
-    Without a teacher there is only the perplexity.
+    Without a teacher, or with one of whom only log-probabilities of some tokens are known, there is only the perplexity.
     """
 
     def batches():
@@ -263,7 +271,10 @@ def evaluate_teacher(text: Text, batch_size: int) -> dict[str, float]:
 def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
     totals = dict.fromkeys(("divergence", "top1_agreement", "cross_entropy", "valid"), 0.0)
     for inputs, student, teacher in batches:
-        kd_weight = 0.0 if teacher["teacher_hidden"] is None else 1.0
+        if teacher.get("teacher_hidden") is None:
+            teacher, kd_weight = {"teacher_hidden": None, "teacher_weight": None}, 0.0
+        else:
+            kd_weight = 1.0
         _, stats = distillation_loss_and_stats(
             **student, **teacher, labels=next_token_labels(**inputs), kd_weight=kd_weight, ce_weight=1, vocab_mismatch=vocab_mismatch
         )

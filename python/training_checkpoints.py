@@ -6,10 +6,11 @@ A checkpoint is a folder `checkpoint-STEP`, there whole or not at all: a model f
     run.json                the step, and what the run was asked for and read: `Run`
 """
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ GENERATORS = "generator "
 
 def save_model(folder: Path, student: nn.Module, tokenizer) -> None:
     """config.json, model.safetensors and the tokenizer; from_pretrained loads it."""
+    with _system_errors():
+        student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """An OSError for what safetensors makes an error of its own, a full disk for instance."""
     from safetensors import SafetensorError
 
     try:
-        student.save_pretrained(folder)
-    except SafetensorError as error:  # among them what the system says of a full disk
+        yield
+    except SafetensorError as error:
         raise OSError(str(error)) from error
-    tokenizer.save_pretrained(folder)
 
 
 def save(
@@ -51,10 +59,12 @@ def save(
     path = output / f"checkpoint-{step:06}"
     with whole_folder(path) as folder:
         save_model(folder, student, tokenizer)
-        save_file(tensors, folder / OPTIMIZER)
+        with _system_errors():
+            save_file(tensors, folder / OPTIMIZER)
         (folder / RUN).write_text(json.dumps({"step": step, **run}, indent=1) + "\n", encoding="utf-8")
-    for checkpoint in older:
-        shutil.rmtree(checkpoint)
+    with unwritable(output):
+        for checkpoint in older:
+            shutil.rmtree(checkpoint)
     return path
 
 

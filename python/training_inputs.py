@@ -40,6 +40,7 @@ class Settings:
     precision: str = "float32"
     gradient_checkpointing: bool = False
     device: str | None = None  # None: the accelerator, if there is one
+    tail: str | None = None  # of sparse_distillation_loss, for a cache of top-k log-probabilities
     resume: bool = False
     loss: Mapping[str, Any] = field(default_factory=dict)  # options of DistillationLoss
 
@@ -53,6 +54,7 @@ class Inputs:
     text: training.Text
     held_out: training.Text
     order: Tensor  # (steps, windows in a step)
+    loss: dict[str, Any]  # its options
     description: dict[str, Any]  # of the models and the text, for the report
     identity: dict[str, Any]  # settings, and hashes of what they name
 
@@ -66,14 +68,15 @@ def load(settings: Settings, checkpoint: Path | None) -> Inputs:
     teacher, tokenizer = None, None
     if settings.teacher is not None:
         teacher, tokenizer = initial_models.load("--teacher", settings.teacher, autocast or torch.float32)
-        initial_models.check_length(teacher, settings.sequence_length)
         teacher.requires_grad_(False).to(device)
     student, tokenizer, trained = _student(settings, checkpoint, teacher, tokenizer)
-    initial_models.check_length(student, settings.sequence_length, "the student")
     if settings.teacher_cache is None:
+        for model, name in ((teacher, "the teacher"), (student, "the student")):
+            if model is not None:
+                initial_models.check_length(model, settings.sequence_length, name)
         text, held_out, order, read, text_hash = _from_text(settings, tokenizer, teacher, device, autocast)
     else:
-        text, held_out, order, read, text_hash = _from_cache(settings, tokenizer, student, device)
+        text, held_out, order, read, text_hash = _from_cache(settings, tokenizer, device)
     hashes = {"text": text_hash}
     for name in ("student", "teacher"):
         if getattr(settings, name) is not None:
@@ -95,7 +98,10 @@ def load(settings: Settings, checkpoint: Path | None) -> Inputs:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     print(f"student: {description['student']['trained_parameters']:,} trained parameters of {description['student']['name']}")
     print(f"text: {read['split']}; {read['train_tokens']:,} tokens are read in training, {read['held_out_tokens']:,} held out", flush=True)
-    return Inputs(student.to(device), tokenizer, text, held_out, order, description, identity)
+    loss = dict(settings.loss)
+    if settings.tail is not None:
+        loss.setdefault("temperature", text.cache.plan.temperature)
+    return Inputs(student.to(device), tokenizer, text, held_out, order, loss, description, identity)
 
 
 def _student(settings, checkpoint, teacher, tokenizer) -> tuple[nn.Module, Any, list[str] | None]:
@@ -126,11 +132,12 @@ def _from_text(settings, tokenizer, teacher, device, autocast):
     return text, held_out, order, read, hashlib.sha256(torch.cat(ids).numpy().tobytes()).hexdigest()
 
 
-def _from_cache(settings, tokenizer, student, device):
+def _from_cache(settings, tokenizer, device):
     """The cache's own rows, its last fifth held out."""
     cache = TeacherCache.open(settings.teacher_cache, tokenizer=tokenizer)
-    if cache.plan.kind != "hidden":
-        raise UserError(f"--teacher-cache {cache.path} is a {cache.plan.kind} cache, and train takes one of hidden states")
+    if (cache.plan.kind == "top-k") != (settings.tail is not None):
+        wanted = "pass --tail bucket, renormalise or ignore" if settings.tail is None else "leave out --tail"
+        raise UserError(f"--teacher-cache {cache.path} is one of kind {cache.plan.kind}: {wanted}")
     first = round((1 - corpus.HELD_OUT_FRACTION) * len(cache))
     if not 0 < first < len(cache):
         raise UserError(f"--teacher-cache {cache.path} has {len(cache)} row, and a fifth is held out; write it from a longer text")
@@ -143,8 +150,9 @@ def _from_cache(settings, tokenizer, student, device):
         "train_tokens": int(mean * first),
         "held_out_tokens": int(mean * len(held_out)),
     }
-    texts = (training.CachedText(cache, numbers, device) for numbers in (torch.arange(first), held_out))
-    return *texts, order, read, cache.plan.fingerprint()
+    texts = (training.CachedText(cache, numbers, device, settings.tail) for numbers in (torch.arange(first), held_out))
+    plan = cache.plan
+    return *texts, order, read, " ".join(map(str, (plan.dataset_sha256, plan.teacher, plan.kind, plan.dtype, plan.top_k, plan.temperature)))
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

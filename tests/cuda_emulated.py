@@ -68,7 +68,8 @@ def cached(name, key, make):
 
 def object_of(source, flags):
     language = ("-x", "c++", source)
-    key = [run(CXX, *flags, "-E", "-P", *language), " ".join(map(str, flags)).encode()]
+    how = " ".join(flag for flag in map(str, flags) if not flag.startswith("-I"))  # what is included is in the text
+    key = [run(CXX, *flags, "-E", "-P", *language), how.encode()]
     return cached(f"{Path(source).stem}.o", key, lambda out: run(CXX, *flags, "-c", *language, "-o", out))
 
 

@@ -40,8 +40,10 @@ def files_of(folder):
 
 
 def run(*arguments, cwd, succeeds=True, **environment):
-    # A clean environment: what the machine sets for its own builds must not decide whether these succeed.
+    # A clean environment: what the machine sets for its own builds must not decide whether these succeed. The CUDA kernels, which take a
+    # minute, are built where a test asks for them.
     inherited = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "DISTILL_KERNELS_REQUIRE_NATIVE")}
+    inherited |= {"DISTILL_KERNELS_CUDA": "0"}
     made = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=inherited | environment)
     assert (made.returncode == 0) == succeeds, made.stdout + made.stderr
     return made.stdout + made.stderr
@@ -156,3 +158,44 @@ def test_source_archive_builds_by_itself(tree, tmp_path):
     wheel, _ = hook(unpacked, "build_wheel", tmp_path / "wheel", **NO_COMPILER)
     with zipfile.ZipFile(wheel) as opened:
         assert {"distill_kernels/__init__.py", "distill_kernels/api/__init__.py"} <= set(opened.namelist())
+
+
+# Stands for CUDA's compiler: writes down how it was called, and makes an empty file of what it was to make, or fails.
+COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+exit {status}
+"""
+
+
+def with_nvcc(folder, status):
+    """The environment of a build that finds such a compiler, and no other."""
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(COMPILER.format(log=folder / "log", status=status))
+    nvcc.chmod(0o755)
+    return NO_COMPILER | {"CUDA_HOME": str(folder / "toolkit"), "DISTILL_KERNELS_CUDA": "1"}
+
+
+def test_cuda_kernels_are_compiled_for_every_chip_in_one_binary_with_the_runtime_inside(tree, tmp_path):
+    target = tmp_path / "installed"
+    pip("install", ".", "--target", target, cwd=tree, **with_nvcc(tmp_path, 0))
+    assert (target / f"distill_kernels/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+    *compiles, link = (tmp_path / "log").read_text().splitlines()
+    sources = sorted(path.name for path in (tree / "csrc" / "cuda").glob("*.c*") if path.suffix in (".cu", ".cpp"))
+    assert sorted(Path(re.search(r"-c (\S+)", line)[1]).name for line in compiles) == sources
+    for chip in ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=[sm_100,compute_100]"):
+        assert all(f"-gencode={chip}" in line for line in compiles)
+    assert "-cudart=static" in link and len(re.findall(r"\S+\.o\b", link)) == len(compiles)
+
+
+def test_installation_whose_cuda_kernels_cannot_be_compiled_says_so_and_goes_on(tree, tmp_path):
+    target = tmp_path / "installed"
+    output = pip("install", ".", "-v", "--target", target, cwd=tree, **with_nvcc(tmp_path, 1))
+    assert re.search(r"distill_kernels: the compiled CUDA kernels could not be built .*\n *The installation goes on", output)
+    assert "Traceback" not in output and not list(target.rglob("_cuda*.so")) and (target / "distill_kernels").is_dir()
+
+
+def test_installation_without_nvcc_has_no_cuda_kernels(tree, tmp_path):
+    output = pip("install", ".", "-v", "--target", tmp_path / "installed", cwd=tree, **NO_COMPILER)
+    assert "CUDA" not in output and not list((tmp_path / "installed").rglob("_cuda*"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cache_writer
 import pytest
@@ -145,7 +146,7 @@ def test_sizes_are_predicted_before_anything_is_written(tmp_path, undisturbed):
 
 
 def test_too_small_a_disk_is_an_error_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     ran = []
 
     def watched(**batch):
@@ -196,6 +197,7 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path, undisturbe
         first.wait()
         first.stdout.close()
     assert (tmp_path / ".writer-0-of-1.lock").exists()
+    (tmp_path / ".shard-00001.safetensors.0-of-1.partial").write_text("what it had begun, had it come so far")
     write_teacher_cache(teacher, rows(), tmp_path, rank=0, world_size=2, **OPTIONS)
     assert not list(tmp_path.glob(".*")), "the dead writer's lock, and what it had begun, are removed"
     write_teacher_cache(teacher, rows(), tmp_path, rank=1, world_size=2, **OPTIONS)
@@ -272,6 +274,15 @@ def test_a_teacher_that_is_none_is_refused(tmp_path):
     stopped("teacher is str, wanted a model", tmp_path, run="SmolLM2")
     stopped("teacher is in training mode", tmp_path, run=torch.nn.Linear(2, 2))
     stopped("wanted both float32, bfloat16 or float16", tmp_path, run=lambda **batch: teacher(**batch, dtype=torch.float64))
+
+
+def test_missing_packages_are_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    stopped(r'need tqdm: pip install "distill_kernels\[train\]"', tmp_path, progress=True)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    stopped("need safetensors", tmp_path)
+    with pytest.raises(CacheError, match="need safetensors"):
+        TeacherCache.open(tmp_path)
 
 
 @pytest.mark.parametrize(

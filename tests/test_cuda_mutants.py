@@ -44,7 +44,7 @@ def run(csrc, folder, sanitizer="", seeds=(0, 1, 2)):
     alone = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
     results = folder / f"results{sanitizer}"
     command = [*alone, str(program), str(results), *map(str, seeds)]
-    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=120)
+    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=600)
     return made.returncode, made.stderr, numpy.fromfile(results, numpy.float32) if made.returncode == 0 else None
 
 
@@ -66,9 +66,9 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     # Sums.
-    "running sum not rescaled": Mutant("statistics.cuh", "s.q.sum *= exp((before_q - s.q.maximum) * inverse);", ""),
-    "untempered sum not rescaled": Mutant("statistics.cuh", "s.sum_untempered *= exp(before_q - s.q.maximum);", ""),
-    "running divergence not renormalised": Mutant("statistics.cuh", "s.value = brought.value;", ""),
+    "running sum not rescaled": Mutant("statistics.cuh", "s.q.sum *= exp((before_q - s.q.maximum) * inverse);", ";"),
+    "untempered sum not rescaled": Mutant("statistics.cuh", "s.sum_untempered *= exp(before_q - s.q.maximum);", "{}"),
+    "running divergence not renormalised": Mutant("statistics.cuh", "s.value = brought.value;", ";"),
     "merged divergence not renormalised": Mutant("statistics.cuh", "into.value = a.value + b.value;", "into.value += other.value;"),
     "nothing renormalised from no maximum": Mutant("statistics.cuh", "from == kLowest ? 0.0f : (to", "from == 1.0f ? 0.0f : (to"),
     "temperature left out of the merge": Mutant(
@@ -91,7 +91,7 @@ MUTANTS = {
     "log-probabilities not raised to the floor": Mutant(
         "statistics.cuh", "return log_probability < floor ? floor : log_probability;", "return log_probability;"
     ),
-    "smallest logit lost": Mutant("statistics.cuh", "into.minimum = fminf(into.minimum, other.minimum);", ""),
+    "smallest logit lost": Mutant("statistics.cuh", "into.minimum = fminf(into.minimum, other.minimum);", ";"),
     "floor of the untempered softmax forgotten": Mutant(
         "statistics.cuh", "m.clamped |= s.q.minimum - s.q.maximum", "m.clamped &= s.q.minimum - s.q.maximum"
     ),
@@ -104,7 +104,7 @@ MUTANTS = {
     # Labels, options, gradient.
     "label one entry off in the cross entropy": Mutant("statistics.cuh", "entry(i) == label) s", "entry(i) + 1 == label) s"),
     "label one entry off in the gradient": Mutant("statistics.cuh", "if (entry == label) dz", "if (entry + 1 == label) dz"),
-    "slope of the softcap left out": Mutant("statistics.cuh", "dz *= 1.0f - ratio * ratio;", ""),
+    "slope of the softcap left out": Mutant("statistics.cuh", "dz *= 1.0f - ratio * ratio;", ";"),
     "dz not scaled": Mutant("rows.cuh", "rows.dz_scale == nullptr ? 1.0f : load(rows.dz_scale)", "1.0f"),
     "tokens that do not count computed": Mutant("rows.cuh", "if (!counts(coefficients)) {", "if (false) {"),
     # Places.
@@ -141,7 +141,7 @@ MUTANTS = {
         said="data race",
     ),
     "sums of blocks read before they are there": Mutant("rows.cuh", "  cluster_arrive();\n  cluster_wait();\n", ""),
-    "a block gone before its sums are read": Mutant("rows.cuh", "if (cluster_size() > 1) cluster_wait();", "", said=""),
+    "a block gone before its sums are read": Mutant("rows.cuh", "if (cluster_size() > 1) cluster_wait();", ";", said=""),
     "barrier that some threads leave out": Mutant(
         "rows.cuh",
         "  if (lane == 0) board.of_warp[warp] = sums;\n  __syncthreads();\n",

@@ -140,10 +140,11 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
         demo_benchmark.compare_loss_steps(inputs, lambda iterable, _: iterable)
 
 
-def test_demo_gives_the_same_numbers_again(finished, teacher, text, tmp_path):
+def test_demo_gives_the_same_numbers_again(finished, teacher, text, tmp_path, capsys):
     _, report = finished
-    assert run_main(flags(teacher, text, tmp_path, "--steps", 6, "--learning-rate", 0.01, "--no-benchmark")) == 0
+    assert run_main(flags(teacher, text, tmp_path, "--steps", 6, "--learning-rate", 0.01, "--no-benchmark", "--json")) == 0
     again = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == again
     assert again["training_loss"] == report["training_loss"] and again["curves"] == report["curves"]
     assert again["loss_step"] is None
 

@@ -15,8 +15,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
+import cuda_emulated
+
 from benchmarks import cases, gpu_case, gpu_suite
 from benchmarks.cases import Case
+from distill_kernels.backends.cuda import extension, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"environment", "peaks", "rows", "tests", "tiny:bfloat16", "tiny:float32"}
@@ -51,7 +54,9 @@ def test_dry_run_runs_to_its_end(tmp_path):
         assert float(row["of_copy"]) == pytest.approx(float(row["gbps"]) / peaks["copy_gbps"], rel=1e-4)
         if "%" in row["variant"]:
             assert 0 < float(row["least"]) <= float(row["error"]) <= float(row["bound"])
-    assert all(kernel["of_copy"] > 0 for kernel in found["stages"]["rows"].values())
+    kernels = dict(found["stages"]["rows"])
+    assert isinstance(kernels.pop("cuda", None), str) or "cuda 4x300" in kernels  # why it cannot run, or what it reached
+    assert "triton 4x300" in kernels and all(kernel["of_copy"] > 0 for kernel in kernels.values())
     assert " of cuBLAS of copy " in made.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"suite.json", "latency.csv", "tests.txt"}
 
@@ -207,14 +212,25 @@ def test_estimate_that_errs_otherwise_than_it_predicts_is_not_timed(factor, monk
     }  # fmt: skip
 
 
-def test_test_stage_takes_every_test_of_this_backend():
+def test_test_stage_takes_every_test_of_both_backends():
     def collected(*arguments):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", *arguments]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         return {line for line in listed.splitlines() if "::" in line}
 
-    of_triton = collected(*(name for name in gpu_suite.TEST_FILES if "triton" in name))
+    of_backends = collected(*(name for name in gpu_suite.TEST_FILES if "triton" in name or "cuda" in name))
     chosen = collected("-k", gpu_suite.TESTS, *gpu_suite.TEST_FILES)
-    sampled = chosen - of_triton
-    assert of_triton < chosen and all("triton]" in name or name.endswith("test_every_backend_keeps_the_same_columns") for name in sampled)
+    sampled = chosen - of_backends
+    assert of_backends < chosen and all("triton]" in name or name.endswith("test_every_backend_keeps_the_same_columns") for name in sampled)
     assert len(sampled) >= 10
+
+
+def test_rows_of_both_backends_are_timed_side_by_side_where_cuda_can_run(monkeypatch):
+    monkeypatch.setattr(extension, "kernels", None)
+    assert set(gpu_suite.rows(dry=True)) == {"cuda", "triton 4x300"} and "ours, cuda" not in gpu_case.variants()
+    monkeypatch.setattr(extension, "kernels", cuda_emulated.module())
+    launch.limits.cache_clear()
+    found = gpu_suite.rows(dry=True)
+    launch.limits.cache_clear()
+    assert set(found) == {"triton 4x300", "cuda 4x300"} and all(row["gbps"] > 0 for row in found.values())
+    assert gpu_case.variants()["ours, cuda"].flops(FEW, True) == FEW.product_flops

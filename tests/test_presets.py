@@ -6,12 +6,12 @@ gradients must agree to 1e-5 of the largest, where a wrong factor, weight or nor
 
 import importlib.util
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from accuracy import make_inputs, make_labels, with_gradients
+from document_blocks import ROOT, run_python_blocks
 from torch.nn.functional import cross_entropy
 
 import distill_kernels
@@ -23,7 +23,6 @@ TOKENS, VOCABULARY = 37, 211
 INPUTS = make_inputs("moderate", TOKENS, VOCABULARY, 24, 40, bias=True)
 LABELS = make_labels(TOKENS, VOCABULARY)
 VALID = LABELS != -100
-CONVENTIONS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "conventions.md"
 
 
 def loaded(package, *path):
@@ -280,7 +279,7 @@ REQUIRED = {
 
 def test_every_preset_is_described_and_listed():
     assert set(REQUIRED) == set(presets.CONVENTIONS)
-    page = CONVENTIONS_PAGE.read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
     for name in presets.CONVENTIONS:
         text = describe_preset(name)
         assert "Value: " in text and text.startswith(f"preset('{name}'")
@@ -335,8 +334,6 @@ def test_what_cannot_be_reproduced_is_said_in_words(name, parameters, error, wor
 
 
 def test_python_blocks_of_the_conventions_page_run(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", CONVENTIONS_PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert blocks
-    namespace = {}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"docs/conventions.md, Python block {number}", "exec"), namespace)
+    ran = run_python_blocks("docs/conventions.md", at_least=2)
+    reported = float(capsys.readouterr().out.rpartition("as torchtune reports it:")[2])
+    assert reported == pytest.approx((ran["loss"] + 0.5 * ran["stats"].teacher_entropy.mean()).item())

@@ -480,3 +480,13 @@ def test_weights_of_tokens_scale_their_gradients():
     got = results_of(sparse_distillation_loss, FULL, 1.0, tail="bucket", token_weight=weight, reduction="sum")
     alone = results_of(sparse_distillation_loss, FULL, 1.0, tail="bucket", reduction="sum")
     torch.testing.assert_close(got["d_hidden"], alone["d_hidden"] * weight[:, None], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("largest", [-1e-9, -1e-6, -1e-3, -1.0])
+def test_tail_of_a_peaked_teacher_keeps_its_digits(largest):
+    """1 − Σ p in float32, of which the largest alone has none."""
+    logprobs = torch.tensor([largest, -21.5, -23.0]).expand(TOKENS, 3).contiguous()
+    case = FULL._replace(ids=FULL.ids[:, :3].contiguous(), logprobs=logprobs)
+    mass = 1 - logprobs.double().exp().sum(-1)
+    got, want = loss_of(case, divergence="reverse_kl"), loss_of(case, divergence="reverse_kl", teacher_tail_mass=mass)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

@@ -239,6 +239,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(here, tmp_path, monkeypatch, caps
     initial_models.load("checkpoint", kept[0])
 
 
+def test_a_file_that_the_system_refuses_to_write_is_named(here, tmp_path, capsys):
+    """Of 20 kB at most: safetensors raises an error of its own for what the system says."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = tmp_path / "run"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        status = main(taught(here, output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "checkpoint-000004 cannot be written to" in said and "File too large" in said
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "log.jsonl"]
+    # There is no checkpoint to go on from, and so the run begins anew.
+    assert main(taught(here, output, "--resume")) == 0
+
+
 def test_a_cached_teacher_teaches_like_the_living_one(here, tmp_path):
     """Rows of 40 words in pieces of 16: two whole ones and half a one, which is padded."""
     cached = tmp_path / "cached"
@@ -275,6 +292,33 @@ def test_a_cached_teacher_teaches_like_the_living_one(here, tmp_path):
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_a_cache_of_top_k_log_probabilities_teaches(here, tmp_path, capsys):
+    """All 300 of them with nothing in the tail: the loss is the full one. And what is refused."""
+    cached = {}
+    for kind, more in (("top-k", ["--kind", "top-k", "--top-k", 300]), ("hidden", ["--dtype", "float32"])):
+        cached[kind] = tmp_path / kind
+        command = ["cache", "--teacher", here / "teacher", "--text", here / "text.txt", "--output", cached[kind], "--sequence-length", 16]
+        assert main(list(map(str, [*command, "--temperature", 2, *more]))) == 0
+    losses = []
+    for kind, more in (("top-k", ["--tail", "ignore"]), ("hidden", ["--temperature", 2])):
+        output = tmp_path / f"run {kind}"
+        assert main(flags(here, output, "--teacher-cache", cached[kind], "--ce-weight", 0.5, *more)) == 0
+        report = json.loads((output / "train.json").read_text(encoding="utf-8"))
+        assert report["table"]["student after"]["perplexity"] < report["table"]["student before"]["perplexity"]
+        losses.append(report["training_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    capsys.readouterr()
+    for more, words in (
+        (["--teacher-cache", cached["top-k"]], "pass --tail"),
+        (["--teacher-cache", cached["hidden"], "--tail", "bucket"], "leave out --tail"),
+        (["--teacher", here / "teacher", "--text", here / "text.txt", "--tail", "bucket"], "--tail is of a --teacher-cache"),
+        (["--teacher-cache", cached["top-k"], "--tail", "bucket", "--sweep", "int8", "--column-fraction", 0.1], "sweep"),
+        (["--teacher-cache", cached["top-k"], "--tail", "bucket", "--temperature", 3], "temperature"),
+    ):
+        assert main(flags(here, tmp_path / "refused", *more)) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_text_alone_trains_by_cross_entropy(here, tmp_path, capsys):

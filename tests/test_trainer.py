@@ -37,7 +37,7 @@ def test_training_equals_eager_torch(tmp_path, tied):
     assert len(curve(got)) == 9
     assert_same_run(got, wanted)
     loss, kd, ce = curve(got, "loss", "kd", "ce").T
-    torch.testing.assert_close(4 * kd + 0.3 * ce, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(4 * kd + 0.3 * ce, loss, rtol=1e-4, atol=0)  # transformers 4 logs four decimals of the loss
     assert curve(got)[-1, 0] < 0.9 * curve(got)[0, 0]
 
 
@@ -108,17 +108,19 @@ def test_a_step_without_a_target_is_0_and_not_nan(tmp_path):
     assert trainer.evaluate()["eval_loss"] == 0
 
 
-def test_bfloat16_is_autocast_of_both_models(tmp_path):
-    changes = {"bf16": True}
+def test_bfloat16_is_autocast_of_both_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where transformers 4 leaves bf16 for all Trainers to come
+    options = {"temperature": 2.0, "ce_weight": 0.3}
+    exact = trained(eager_trainer(tmp_path, **options))
+    options["arguments_changes"] = {"bf16": True}
+    wanted = trained(eager_trainer(tmp_path, **options))
     student, teacher, seen = make_student(), make_teacher(), []
     for model in (student, teacher):
         model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    got = trained(distillation_trainer(tmp_path, student, teacher_model=teacher, temperature=2.0, ce_weight=0.3, arguments_changes=changes))
+    got = trained(distillation_trainer(tmp_path, student, teacher_model=teacher, **options))
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in got.model.parameters()} == {torch.float32}
-    wanted = trained(eager_trainer(tmp_path, temperature=2.0, ce_weight=0.3, arguments_changes=changes))
-    exact = trained(eager_trainer(tmp_path, temperature=2.0, ce_weight=0.3))
-    # Eager rounds its logits to bfloat16, which the loss does not: it is no further from float32 than eager is, nor from eager than both.
+    # Eager rounds its logits to bfloat16, which the loss does not: it may be as far from float32 as eager is, and as far on the other side.
     off = (curve(wanted) - curve(exact)).abs().amax(0)
     assert (off > 0).all()
     assert ((curve(got) - curve(exact)).abs().amax(0) < 2 * off).all()

@@ -15,14 +15,13 @@ from distill_kernels import TRLDistillationMixin, TRLGKDMixin
 pytest.importorskip("trl")
 
 import trl_runs
+from document_blocks import ROOT, run_python_blocks
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
 from trl import DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl_runs import VOCABULARY, distillation, gkd, llama, parameters
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "trl.md"
 UPSTREAM = 1.7
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # trl and transformers deprecate each other
@@ -341,20 +340,17 @@ def test_two_processes_learn_what_they_do_with_trl(tmp_path):
 
 def test_python_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert blocks
-    namespace = {
-        "student": llama(2, 32),
-        "teacher": llama(1, 48),
-        "tokenizer": trl_runs.tokenizer(),
-        "conversations": trl_runs.Dataset.from_list([{"messages": conversation} for conversation in trl_runs.conversations(16)]),
-        "prompts": trl_runs.Dataset.from_list([{"prompt": conversation[:1]} for conversation in trl_runs.conversations(16)]),
-    }
-    steps = []
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"docs/trl.md, Python block {number}", "exec"), namespace)
-        steps.append(namespace["trainer"].state.global_step)
-    assert steps == [2, 2]
+    conversations = trl_runs.conversations(16)
+    ran = run_python_blocks(
+        "docs/trl.md",
+        at_least=2,
+        student=llama(2, 32),
+        teacher=llama(1, 48),
+        tokenizer=trl_runs.tokenizer(),
+        conversations=trl_runs.Dataset.from_list([{"messages": conversation} for conversation in conversations]),
+        prompts=trl_runs.Dataset.from_list([{"prompt": conversation[:1]} for conversation in conversations]),
+    )
+    assert ran["trainer"].state.global_step == ran["on_policy"].state.global_step == 2
 
 
 def test_the_example_on_policy_runs(tmp_path, monkeypatch, capsys):

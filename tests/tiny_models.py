@@ -15,14 +15,14 @@ def tokenizer_of(words):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
 
 
-def save_llama(folder, *, words=WORDS, vocabulary=300, layers=LAYERS, width=WIDTH, seed=0, **more):
+def save_llama(folder, *, words=WORDS, vocabulary=300, layers=LAYERS, width=WIDTH, seed=0, initializer_range=0.3, **more):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, **more,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=initializer_range, **more,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer_of(words).save_pretrained(folder)

@@ -29,14 +29,15 @@ def make_teacher(**changes):
 
 
 def rows(count, seed=2, vocabulary=VOCAB):
-    """Sequences of 2 to 11 tokens, the first of them prompts that are not learned from; how many differs from row to row."""
+    """Sequences of 2 to 11 tokens, the first of them prompts that are not learned from; how many differs from row to row, but at least
+    one, which has no label in any case: transformers 4 counts it."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
         length = int(torch.randint(2, 12, (), generator=generator))
         ids = torch.randint(vocabulary, (length,), generator=generator)
         labels = ids.clone()
-        labels[: int(torch.randint(1, length + 1, (), generator=generator)) - 1] = -100
+        labels[: int(torch.randint(1, length, (), generator=generator))] = -100
         made.append({"input_ids": ids, "labels": labels})
     return made
 

@@ -10,6 +10,7 @@
 #include "columns.h"
 #include "limits.h"
 #include "rows.h"
+#include "sweep.h"
 
 #ifdef DK_EMULATED
 #include <cuda_emulation.h>
@@ -78,6 +79,28 @@ void rows(const py::dict& of_loss, const py::dict& of_rows, int divergence, cons
   launch(loss(of_loss), rows, as, parameters, reinterpret_cast<void*>(stream));
 }
 
+dk::cuda::Multiplied multiplied(const py::dict& from) {
+  const dk::Element of = element(from["element"]);
+  return {{pointer<const void>(from["hidden"]), of, from["hidden_stride"].cast<int64_t>()},
+          {pointer<const void>(from["weight"]), of, from["weight_stride"].cast<int64_t>()},
+          from["dim"].cast<int>()};
+}
+
+void sweep(const py::dict& of_loss, const py::dict& of_sweep, int divergence, const std::vector<float>& given, int device, uintptr_t stream) {
+  float parameters[dk::kMaxParameters] = {};
+  for (size_t i = 0; i < given.size() && i < dk::kMaxParameters; ++i) parameters[i] = given[i];
+  dk::cuda::Sweep sweep{};
+  sweep.loss = loss(of_loss);
+  sweep.student = multiplied(of_sweep["student"]);
+  sweep.teacher = multiplied(of_sweep["teacher"]);
+  sweep.splits = of_sweep["splits"].cast<int>();
+  sweep.split_entries = of_sweep["split_entries"].cast<int>();
+  dk::cuda::use_device(device);
+  dk::cuda::sweep(sweep, pointer<void>(of_sweep["workspace"]), divergence, parameters,
+                  static_cast<dk::cuda::Instructions>(of_sweep["instructions"].cast<int>()), of_sweep["cluster"].cast<int>(),
+                  reinterpret_cast<void*>(stream));
+}
+
 void gather_columns(uintptr_t dz, int dz_element, int64_t tokens, int64_t vocabulary, uintptr_t columns, uintptr_t weights, uintptr_t divisor,
                     int64_t kept, uintptr_t out, int out_element, int threads, int device, uintptr_t stream) {
   dk::cuda::use_device(device);
@@ -117,6 +140,10 @@ py::dict limits(int device) {
 PYBIND11_MODULE(DK_MODULE, m) {
   m.doc() = "CUDA kernels of distill_kernels; called by distill_kernels.backends.cuda.";
   m.def("rows", &rows, py::arg("loss"), py::arg("rows"), py::arg("divergence"), py::arg("parameters"), py::arg("device"), py::arg("stream"));
+  m.def("sweep", &sweep, py::arg("loss"), py::arg("sweep"), py::arg("divergence"), py::arg("parameters"), py::arg("device"), py::arg("stream"));
+  m.def("sweep_token_bytes", &dk::cuda::sweep_token_bytes, py::arg("splits"));
+  m.attr("sweep_rows") = dk::cuda::kSweepRows;
+  m.attr("sweep_entries") = dk::cuda::kSweepEntries;
   m.def("gather_columns", &gather_columns, py::arg("dz"), py::arg("dz_element"), py::arg("tokens"), py::arg("vocabulary"), py::arg("columns"),
         py::arg("weights"), py::arg("divisor"), py::arg("kept"), py::arg("out"), py::arg("out_element"), py::arg("threads"), py::arg("device"),
         py::arg("stream"));

@@ -1,14 +1,17 @@
 // What the sweep's kernels do beside multiplying: one loop over the tiles of a block, the sums of every token that a thread sees some
 // entries of, and their merge. sweep_mma.cu and sweep_wgmma.cu bring the products.
 //
-// A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden states
-// with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries that it
-// holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order of the
-// threads, and written; sweep.cu merges the splits', in the order of the vocabulary. The same inputs give the same bits.
+// A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden
+// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries
+// that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order
+// of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give the same bits.
 //
-// Flops 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles. Bytes of hidden states and heads that are asked for, E of an element:
-// (⌈N / kSweepRows / cluster⌉ · V + ⌈V / kSweepEntries⌉ · N) · (D_s + D_t) · E
-// for each pass, splits beginning at whole tiles: the heads once for every cluster, the hidden states once for every tile.
+// Flops of a pass 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles and D to whole stages of the ring. Bytes of hidden states and
+// heads that it asks for, E of an element:
+//
+//     (⌈N / (kSweepRows · cluster)⌉ · V + ⌈V / kSweepEntries⌉ · N) · (D_s + D_t) · E
+//
+// the heads once for every cluster, the hidden states once for every tile of the vocabulary. Biases and labels come beside them.
 #pragma once
 
 #include "mma.cuh"
@@ -68,8 +71,8 @@ DK_DEVICE void store_words(T* to, const T& value) {
   for (unsigned i = 0; i < sizeof(T) / 4; ++i) store(reinterpret_cast<uint32_t*>(to) + i, words[i]);
 }
 
-// The two passes over the heads. TakesStatistics: of all tokens. TakesTotals: once the log-sum-exps are known, of tokens with an entry below
-// the floor, which are few if there are any.
+// The two passes over the heads. TakesStatistics: of all tokens. TakesTotals: once the log-sum-exps are known, of tokens with an entry
+// below the floor, which are few if there are any.
 template <class Divergence>
 struct TakesStatistics {
   using Kept = SweptStatistics;
@@ -116,8 +119,8 @@ struct TakesTotals {
 
 constexpr int kTakenEntries = 8;  // of a token, that a thread takes at a time
 
-// Who holds what of a tile of logits: WARPS_DOWN · WARPS_ACROSS warps, each a part of 16 · FRAGMENTS_DOWN tokens and 8 · FRAGMENTS_ACROSS
-// entries.
+// Who holds what of a tile of logits: WARPS_DOWN · WARPS_ACROSS warps, each a part of 16 · FRAGMENTS_DOWN tokens and
+// 8 · FRAGMENTS_ACROSS entries.
 template <int WARPS_DOWN, int WARPS_ACROSS, int FRAGMENTS_DOWN, int FRAGMENTS_ACROSS>
 struct Parts {
   static constexpr int kThreads = 32 * WARPS_DOWN * WARPS_ACROSS;
@@ -193,7 +196,7 @@ DK_DEVICE int label_of(const Loss& loss, int64_t token) {
   return label < 0 ? -1 : int(label);
 }
 
-// The products of one model, as they came, into what the threads have them for.
+// Takes the logits that a thread holds of a tile into its sums of their tokens.
 template <class Parts, class Takes>
 DK_DEVICE void take_tile(
     const Takes& takes, typename Parts::Logits& student, typename Parts::Logits& teacher, const OwnSums<Parts, typename Takes::Kept>& own,

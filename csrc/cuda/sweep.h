@@ -37,8 +37,8 @@ struct Sweep {
 // Bytes of a token's workspace.
 int64_t sweep_token_bytes(int splits);
 
-// Terms of every token. Sweep's workspace is `workspace`, tokens · sweep_token_bytes(splits) bytes, aligned to 16; its pointers to it need not
-// be set. `divergence` is an index in DK_FOR_EACH_DIVERGENCE, of one that can be renormalised, or negative: none.
+// Terms of every token. Sweep's workspace is `workspace`, tokens · sweep_token_bytes(splits) bytes, aligned to 16; its pointers to it need
+// not be set. `divergence` is an index in DK_FOR_EACH_DIVERGENCE, of one that can be renormalised, or negative: none.
 // `cluster` blocks of neighbouring tokens share what they read of the heads: 1, or with kWgmma also 2 or 4.
 void sweep(Sweep sweep, void* workspace, int divergence, const float* parameters, Instructions instructions, int cluster, void* stream);
 

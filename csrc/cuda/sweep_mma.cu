@@ -137,7 +137,8 @@ template <template <class> class Takes, class Divergence>
 void launch_mma(const Sweep& sweep, const Divergence& divergence, void* stream) {
   const int64_t blocks = (sweep.loss.tokens + kSweepRows - 1) / kSweepRows;
   const size_t bytes = kStages * kStageBytes + OwnSums<MmaParts, typename Takes<Divergence>::Kept>::kBytes;
-  launch(sweep_mma<Takes, Divergence>, dim3(unsigned(blocks * sweep.splits)), 1, dim3(MmaParts::kThreads), bytes, stream, sweep, divergence);
+  const dim3 grid(unsigned(blocks * sweep.splits));
+  launch(sweep_mma<Takes, Divergence>, grid, 1, dim3(MmaParts::kThreads), bytes, stream, sweep, divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                          \

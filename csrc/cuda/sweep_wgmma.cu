@@ -1,12 +1,12 @@
 // The sweep by wgmma and the copy engine, for sm_90a alone.
 //
-// One warp copies, two groups of four warps multiply 64 tokens each. Tiles of hidden states and head, kDepth along the dimension, go through
-// a ring of kStages in shared memory, each stage with two barriers: `full` ends a phase when its bytes are there, `empty` when all who
-// multiply have read it. The blocks of a cluster own neighbouring tokens and one split: each copies its share of a head's tile to all of
-// them, so a stage is empty when all warps of the cluster have read it.
+// One thread copies, two groups of four warps multiply 64 tokens each. Tiles of hidden states and head, kDepth along the dimension, go
+// through a ring of kStages in shared memory, each stage with two barriers: `full` ends a phase when its bytes are there, `empty` when all
+// who multiply have read it. The blocks of a cluster own neighbouring tokens and one split: each copies its share of a head's tile to all
+// of them, so a stage is empty when all warps of the cluster have read it.
 //
-// The warps that copy keep 40 registers a thread, the others get 232: 64 logits of each model, and what the sums take. Both models' products
-// of a tile come one after the other into registers; while a group sums, the ring fills.
+// The group of warps that the copying thread is of keeps 40 registers a thread, the others get 232: 64 logits of each model, and what the
+// sums take. Both models' products of a tile come one after the other; while a group sums, the ring fills.
 #include "sweep.cuh"
 #include "sweep_launch.h"
 #include "tma.cuh"
@@ -109,6 +109,7 @@ struct WgmmaProducts {
       turn.advance();
     }
     wait_for_products<0>();
+    hold(sums);
     release(before);
   }
 
@@ -150,6 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_arrive();  // no block ends while another still arrives at its barriers
   cluster_wait();
+#else
+  __trap();  // machine code of another chip, for which this is not to be launched
 #endif
 }
 
@@ -166,8 +169,9 @@ void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster,
   };
   const int64_t blocks = (sweep.loss.tokens + kSweepRows * cluster - 1) / (kSweepRows * cluster) * cluster;
   const size_t bytes = kStages * (kStageBytes + 2 * sizeof(Barrier)) + OwnSums<WgmmaParts, typename Takes<Divergence>::Kept>::kBytes;
-  launch(sweep_wgmma<Takes, Divergence>, dim3(unsigned(blocks * sweep.splits)), cluster, dim3(kThreads), bytes, stream, sweep, maps(sweep.student),
-         maps(sweep.teacher), divergence);
+  const dim3 grid(unsigned(blocks * sweep.splits));
+  launch(sweep_wgmma<Takes, Divergence>, grid, cluster, dim3(kThreads), bytes, stream, sweep, maps(sweep.student), maps(sweep.teacher),
+         divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                                 \

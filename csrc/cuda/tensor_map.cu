@@ -12,7 +12,7 @@ namespace distill_kernels::cuda {
 TensorMap make_tensor_map(const Matrix& matrix, int64_t rows, int64_t elements, int box_rows) {
   const auto* base = static_cast<const unsigned char*>(matrix.data);
   const uint64_t row_bytes = uint64_t(matrix.stride) * 2;
-  if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes % 16) throw emulation::Error("a tensor map of rows that are not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes % 16) throw emulation::Error("a tensor map of rows not aligned to 16 bytes");
   if (box_rows < 1 || box_rows > 256) throw emulation::Error("a box of " + std::to_string(box_rows) + " rows");
   return {base, uint64_t(elements), uint64_t(rows), row_bytes, uint32_t(box_rows)};
 }

@@ -25,8 +25,8 @@ DK_DEVICE void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-// At the barrier of a block of the cluster that lies where `barrier` does in this one. It orders what this thread has done for threads of its
-// own block; of what it has read there is nothing left to order, once it has the values.
+// At the barrier of a block of the cluster that lies where `barrier` does in this one. It orders what this thread has done for threads of
+// its own block; of what it has read there is nothing left to order, once it has the values.
 DK_DEVICE void arrive_at(Barrier* barrier, uint32_t block) {
   asm volatile(
       "{\n.reg .b32 remote;\n"

@@ -43,6 +43,14 @@ DK_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// What is computed from sums stays behind a wait before it: to the compiler a wait has nothing to do with them.
+DK_DEVICE void hold(Fragment (&sums)[kWgmmaFragments]) {
+#pragma unroll
+  for (auto& fragment : sums)
+#pragma unroll
+    for (float& sum : fragment) asm volatile("" : "+f"(sum)::"memory");
+}
+
 // Registers of each thread of a group of four warps from here on. All of a branch by which the roles of the groups part.
 template <int COUNT>
 DK_DEVICE void fewer_registers() {
@@ -87,6 +95,7 @@ template <int PENDING>
 DK_DEVICE void wait_for_products() {
   emulation::wait_for_products(PENDING);
 }
+DK_DEVICE void hold(Fragment (&)[kWgmmaFragments]) {}
 template <int COUNT>
 DK_DEVICE void fewer_registers() {}
 template <int COUNT>

@@ -19,6 +19,7 @@ end where the plan says, whoever writes them: that is a function of the rows' le
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 from dataclasses import asdict, dataclass, fields
@@ -42,6 +43,12 @@ KINDS = {"hidden": ("bfloat16", "float16", "float32", "int8"), "top-k": ("float3
 
 class CacheError(UserError):
     """A teacher cache cannot be written or read as asked; the message names the file, the row or the option."""
+
+
+def check_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CacheError(f'teacher caches need {", ".join(missing)}: pip install "distill_kernels[train]"')
 
 
 def shard_name(shard: int) -> str:

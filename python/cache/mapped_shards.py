@@ -2,7 +2,6 @@
 
 import bisect
 import json
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,13 @@ class _Shard:
 
 
 class MappedShards:
-    """The open shards of a cache in this process, the last used ones."""
+    """The shards of a cache that were used last, open. A forked process goes on with them: mapped files are only read."""
 
     def __init__(self, folder: Path, plan: CachePlan):
         self.folder, self.plan = folder, plan
         self.opened: OrderedDict[int, _Shard] = OrderedDict()
-        self.process = os.getpid()
 
     def of(self, shard: int) -> _Shard:
-        if self.process != os.getpid():  # forked: the parent's files are left alone
-            self.opened, self.process = OrderedDict(), os.getpid()
         if shard not in self.opened:
             if len(self.opened) == OPEN_SHARDS:
                 self.opened.popitem(last=False)

@@ -103,6 +103,7 @@ class TeacherCache:
 
         Raises CacheError naming the file, and what was found and wanted.
         """
+        layout.check_packages("safetensors")
         path = Path(path)
         plan, files = _index(path)
         if [file["name"] for file in files] != list(plan.files):

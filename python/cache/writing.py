@@ -69,7 +69,7 @@ def write_teacher_cache(
         rows: token ids, a matrix (rows, length) or rows of any lengths.
         output: the folder, new or of an earlier call.
         dtype: of hidden states: "bfloat16" (default; exact for a teacher of that dtype), "float16", "float32", or "int8" with a scale for
-            each row (see int8_rows); of log-probabilities: "float32" (default) or "float16".
+            each token (see int8_rows); of log-probabilities: "float32" (default) or "float16".
         top_k: for kind "top-k", and required there.
         temperature: of log-sum-exp, entropy and log-probabilities.
         batch_size: rows that the teacher runs over at a time.
@@ -82,8 +82,9 @@ def write_teacher_cache(
         predict_only: write nothing; the report says how large the cache will be, and how much of it is there.
 
     Raises
-        CacheError: before any work, if an argument or a row is bad, the vocabulary too small for a row, the disk too small, or the folder
-            holds something else, another cache or another writer; later, if a file cannot be written, for instance to a full disk.
+        CacheError: before any work, if an argument or a row is bad, the vocabulary too small for a row, the disk too small, a package
+            missing, or the folder holds something else, another cache or another writer; later, if a file cannot be written, for instance
+            to a full disk.
         TypeError, ValueError: a number is not one that makes sense.
 
     Example
@@ -91,6 +92,7 @@ def write_teacher_cache(
         >>> report = write_teacher_cache(LlamaForCausalLM(config).eval(), torch.randint(1000, (16, 32)), folder)
         >>> cache = TeacherCache.open(folder)
     """
+    layout.check_packages("safetensors", *(["tqdm"] if progress else []))
     rank, world_size = _place(rank, world_size)
     contract.finite_number("temperature", temperature, above=0)
     contract.finite_number("shard_mib", shard_mib, above=0)

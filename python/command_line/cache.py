@@ -120,7 +120,7 @@ def _prediction(report: CacheReport) -> str:
     there = f", of which {report.shards_kept:,} are there" if report.shards_kept else ""
     return (
         f"{report.rows:,} rows of {report.tokens:,} tokens: at most {report.predicted_bytes / 2**20:,.1f} MiB "
-        f"in {report.shards:,} shards{there}"
+        f"in {report.shards:,} shard{'s' if report.shards > 1 else ''}{there}"
     )
 
 

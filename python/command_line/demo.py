@@ -1,10 +1,11 @@
 """`distill-kernels demo`."""
 
 import argparse
+import json
 from pathlib import Path
 
 from distill_kernels.api import demo
-from distill_kernels.api.command_line.arguments import add_command, divergence_names
+from distill_kernels.api.command_line.arguments import add_command, divergence_names, speaking_json
 
 
 def add(commands) -> None:
@@ -44,8 +45,12 @@ def add(commands) -> None:
         default = getattr(defaults, flag[2:].replace("-", "_"))
         parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{what}; default: {default}")
     parser.add_argument("--no-benchmark", dest="benchmark", action="store_false", help="leave out the timing against eager torch")
+    parser.add_argument("--json", action="store_true", default=False, help="print only what demo.json holds")
 
 
 def run(given: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(given).items() if name in demo.Settings.__dataclass_fields__}
-    demo.run(demo.Settings(**options))
+    with speaking_json(given.json):
+        report = demo.run(demo.Settings(**options))
+    if given.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_kernels.api import train
 from distill_kernels.api.command_line.arguments import add_command, add_loss_options, device, loss_options, speaking_json
 from distill_kernels.api.training_inputs import PRECISIONS, Settings
+from distill_kernels.listed import TAILS
 
 
 def add(commands) -> None:
@@ -31,7 +32,8 @@ def add(commands) -> None:
     parser.add_argument("--student", type=Path, metavar="PATH", help=f"{model}; default: cut from the teacher's layers, its head frozen")
     parser.add_argument("--student-layers", type=_numbers, metavar="I,J,...", help="layers to cut it from; default: evenly spaced ones")
     parser.add_argument("--teacher", type=Path, metavar="PATH", help=f"{model}; none with --kd-weight 0")
-    parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="in its place, with its text: what `cache --kind hidden` wrote")
+    parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="in its place, with its text: what `cache` wrote")
+    parser.add_argument("--tail", choices=TAILS, help="what becomes of the tokens that a cache of kind top-k has not kept")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, or JSON lines (.jsonl) of a document each")
     parser.add_argument("--held-out", type=Path, metavar="FILE", help="the same to measure on; default: the last fifth of --text")
     defaults = {entry.name: entry.default for entry in fields(Settings) if entry.default is not MISSING}

@@ -1,7 +1,6 @@
 // The state behind hopper.h. Not instrumented, as scheduler.cpp is not.
 #include "hopper.h"
 
-
 namespace emulation {
 namespace {
 

@@ -1,6 +1,7 @@
-// What sm_90 adds for a block that feeds its matrix instruction by the copy engine: barriers with transactions, boxes of a tensor map copied
-// into the shared memory of a cluster's blocks, and products of a group of four warps. As the PTX ISA has them; copies and products happen
-// when they are issued or not before somebody waits for them, as `schedule` says.
+// What sm_90 adds for a block that feeds its matrix instruction by the copy engine: barriers with transactions, boxes of a tensor map
+// copied into the shared memory of a cluster's blocks, and products of a group of four warps. As the PTX ISA has them. Copies happen when
+// they are issued or not before somebody waits for them, as `schedule` says; products not before they are waited for, and until then the
+// registers that they add to are full of NaN.
 #pragma once
 
 #include <algorithm>

@@ -60,14 +60,15 @@ struct Case {
   int tokens, vocabulary;
   unsigned cluster, threads;
   bool holds, teacher, everything;
+  float floor, teacher_deviation;  // which tokens have entries below the floor, and of which softmax
+  float inverse_temperature;
   dk::Element dz;
   decltype(&dk::cuda::launch_rows<dk::cuda::forward_kl>) launch;
 };
 
 void rows(const Case& c, const std::vector<unsigned>& seeds) {
   const size_t logits = size_t(c.tokens) * c.vocabulary;
-  // Cold enough that some entries are below the floor of some tokens.
-  const Array<float> student = normal(logits, 3.0f), teacher = normal(logits, 3.0f), bias = normal(c.vocabulary, 1.0f);
+  const Array<float> student = normal(logits, 3.0f), teacher = normal(logits, c.teacher_deviation), bias = normal(c.vocabulary, 1.0f);
   const Array<float> coefficients(c.tokens * dk::kTerms), terms(c.tokens * dk::kTerms), stats(c.tokens * dk::kStats), in_place(logits);
   const Array<float> scale(1);
   const Array<uint16_t> narrow(logits);
@@ -86,9 +87,9 @@ void rows(const Case& c, const std::vector<unsigned>& seeds) {
   loss.coefficients = coefficients.get();
   loss.terms = terms.get();
   loss.stats = c.everything ? stats.get() : nullptr;
-  loss.inverse_temperature = 0.5f;
+  loss.inverse_temperature = c.inverse_temperature;
   loss.label_smoothing = 0.1f;
-  loss.floor = -8.0f;
+  loss.floor = c.floor;
   loss.tail_probability = 1e-4f;
   loss.has_teacher = c.teacher;
   loss.untempered = loss.separate = loss.smoothing = c.everything;
@@ -113,9 +114,10 @@ void rows(const Case& c, const std::vector<unsigned>& seeds) {
   }
 }
 
-void columns(int tokens, int vocabulary, int kept, int dim, dk::Element element, const std::vector<unsigned>& seeds) {
-  const Array<float> dz = normal(size_t(tokens) * vocabulary, 1.0f), weights = normal(kept, 1.0f), rows = normal(size_t(kept) * dim, 1.0f);
-  const Array<float> start = normal(size_t(vocabulary) * dim, 1.0f), d_weight(size_t(vocabulary) * dim), gathered(size_t(kept) * dim);
+// `moved` of the kept columns have their rows gathered and scattered: a block each, and a race detector has few threads.
+void columns(int tokens, int vocabulary, int kept, int moved, int dim, dk::Element element, const std::vector<unsigned>& seeds) {
+  const Array<float> dz = normal(size_t(tokens) * vocabulary, 1.0f), weights = normal(kept, 1.0f), rows = normal(size_t(moved) * dim, 1.0f);
+  const Array<float> start = normal(size_t(vocabulary) * dim, 1.0f), d_weight(size_t(vocabulary) * dim), gathered(size_t(moved) * dim);
   const Array<uint16_t> out(size_t(tokens) * kept);
   const Array<int64_t> places(kept);
   const Array<float> divisor(1);
@@ -126,10 +128,11 @@ void columns(int tokens, int vocabulary, int kept, int dim, dk::Element element,
     out.poison();
     gathered.poison();
     memcpy(d_weight.get(), start.get(), start.count * sizeof(float));
-    dk::cuda::gather_columns({dz.get(), dk::Element::kFloat32, tokens, vocabulary, places.get(), weights.get(), divisor.get(), kept, out.get(), element}, 64,
-                             nullptr);
-    dk::cuda::gather_rows(start.get(), dim * 4, places.get(), kept, dim * 4, gathered.get(), 64, nullptr);
-    dk::cuda::scatter_rows(d_weight.get(), places.get(), kept, dim, rows.get(), 64, nullptr);
+    const dk::cuda::GatherColumns gather{dz.get(),      dk::Element::kFloat32, tokens,    vocabulary, places.get(),
+                                         weights.get(), divisor.get(),         kept, out.get(), element};
+    dk::cuda::gather_columns(gather, 64, nullptr);
+    dk::cuda::gather_rows(start.get(), dim * 4, places.get(), moved, dim * 4, gathered.get(), 64, nullptr);
+    dk::cuda::scatter_rows(d_weight.get(), places.get(), moved, dim, rows.get(), 64, nullptr);
     std::vector<float> made;
     append(made, out, element);
     append(made, gathered);
@@ -147,13 +150,20 @@ int main(int count, char** arguments) try {
   constexpr auto kThreePasses = &dk::cuda::launch_rows<dk::cuda::alpha_beta>;
   constexpr auto kNone = &dk::cuda::launch_rows<dk::cuda::no_divergence>;
   using dk::Element;
-  for (const Case& c : {Case{5, 301, 1, 64, true, true, true, Element::kFloat32, kForward}, Case{5, 301, 1, 64, false, true, false, Element::kFloat32, kForward},
-                        Case{5, 1023, 4, 32, true, true, true, Element::kBfloat16, kThreePasses},
-                        Case{4, 515, 2, 64, false, true, true, Element::kFloat32, kThreePasses}, Case{5, 66, 8, 32, true, true, false, Element::kFloat16, kForward},
-                        Case{6, 3, 1, 32, true, true, true, Element::kFloat32, kForward}, Case{5, 130, 2, 32, true, false, true, Element::kFloat16, kNone}})
+  const Case cases[] = {
+      {5, 301, 1, 64, true, true, true, -16.0f, 3.0f, 0.5f, Element::kFloat32, kForward},  // the untempered softmax alone passes the floor
+      {5, 301, 1, 64, false, true, false, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
+      {5, 301, 2, 32, true, true, false, -14.0f, 9.0f, 0.5f, Element::kFloat32, kForward},  // the teacher's alone
+      {5, 1023, 4, 32, true, true, true, -8.0f, 3.0f, 0.5f, Element::kBfloat16, kThreePasses},
+      {4, 515, 2, 64, false, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kThreePasses},
+      {5, 66, 8, 32, true, true, false, -1e4f, 3.0f, 2.0f, Element::kFloat16, kForward},  // threads without an entry, and cold
+      {6, 3, 1, 32, true, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
+      {5, 130, 2, 32, true, false, true, -1e4f, 3.0f, 0.5f, Element::kFloat16, kNone},
+  };
+  for (const Case& c : cases)
     rows(c, seeds);
-  columns(3, 97, 40, 12, Element::kFloat16, seeds);
-  columns(1, 4300, 2100, 1, Element::kBfloat16, seeds);
+  columns(3, 97, 40, 40, 12, Element::kFloat16, seeds);
+  columns(1, 4300, 2100, 20, 1, Element::kBfloat16, seeds);
   std::ofstream(arguments[1], std::ios::binary).write(reinterpret_cast<const char*>(results.data()), results.size() * sizeof(float));
   printf("%llu switches\n", static_cast<unsigned long long>(emulation::switches()));
   return 0;

@@ -1,7 +1,7 @@
 // Runs the tile-fused sweep of a problem in a file under several schedules: sweep_driver PROBLEM TERMS INSTRUCTIONS CLUSTER SEED...
 //
-// The terms of the first schedule go to the file TERMS; a later one whose bits differ is an error, for order in time must not matter. Prints
-// the bytes that kernels asked of global memory. Every array lies in memory of its own, so that a sanitizer sees a read beyond it.
+// The terms of the first schedule go to the file TERMS; a later one whose bits differ is an error, for order in time must not matter.
+// Prints the bytes that kernels asked of global memory. Every array lies in memory of its own, so that a sanitizer sees a read beyond it.
 #include <cstdio>
 #include <fstream>
 #include <memory>
@@ -79,7 +79,8 @@ int main(int count, char** arguments) try {
     emulation::traffic() = {};
     dk::cuda::sweep(sweep, workspace.get(), int(n.divergence), parameters, instructions, std::stoi(arguments[4]), nullptr);
     if (i == 5) first = terms;
-    if (memcmp(first.data(), terms.data(), terms.size() * sizeof(float)) != 0) throw std::runtime_error("bits differ from one schedule to another");
+    if (memcmp(first.data(), terms.data(), terms.size() * sizeof(float)) != 0)
+      throw std::runtime_error("bits differ from one schedule to another");
   }
   std::ofstream(arguments[2], std::ios::binary).write(reinterpret_cast<const char*>(first.data()), first.size() * sizeof(float));
   printf("%llu %llu\n", (unsigned long long)emulation::traffic().read, (unsigned long long)emulation::traffic().written);

@@ -1,8 +1,9 @@
 """The cuda backend: kernels in CUDA C++, compiled when the package is installed where nvcc is.
 
 Chunked: products by the vendor's library into a reused workspace, csrc/cuda/rows.cuh between them; 16-bit heads get a 16-bit dz. Sampled
-gradients go over columns that csrc/cuda/columns.cu gathers. Nothing of it has been run on a GPU yet: the tests run the same source on CPU
-tensors, in an emulation that they put in the extension's place.
+gradients go over columns that csrc/cuda/columns.cu gathers. Tile-fused: csrc/cuda/sweep.cu, where no gradient is asked for and heads are of
+16 bits. Nothing of it has been run on a GPU yet: the tests run the same source on CPU tensors, in an emulation that they put in the
+extension's place.
 """
 
 import functools
@@ -10,9 +11,9 @@ import functools
 import torch
 
 from distill_kernels import chunk_products, chunked
-from distill_kernels.backends.cuda import extension
+from distill_kernels.backends.cuda import extension, sweep
 from distill_kernels.divergences import BUILT_IN
-from distill_kernels.plan import Schedule, make_plan
+from distill_kernels.plan import Schedule, keeps_logits, make_plan
 from distill_kernels.problem import Problem, Tensors
 
 OLDEST_CAPABILITY = (8, 0)
@@ -56,7 +57,13 @@ def _why_not_there(device: torch.device) -> str | None:
 
 
 def schedule(problem: Problem) -> Schedule:
-    return chunk_products.schedule(problem, True, "the backend's only schedule", 0, 0)
+    keeps, reason = keeps_logits(problem)
+    if keeps:
+        return chunk_products.schedule(problem, True, reason, 0, 0)
+    why_not_swept = sweep.why_not_swept(problem)
+    if why_not_swept is not None:
+        return chunk_products.schedule(problem, True, why_not_swept, 0, 0)
+    return chunk_products.schedule(problem, False, reason, *sweep.workspace_bytes(problem))
 
 
 def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
@@ -65,6 +72,8 @@ def run(problem: Problem, tensors: Tensors) -> chunked.Outputs:
 
     with torch.cuda.device_of(tensors.student_hidden):
         plan = make_plan(problem, schedule(problem))
+        if plan.schedule == "tile-fused":
+            return chunked.run(problem, tensors, plan, sweep.Sweeper(problem, tensors).sweep, chunked.compacts(problem))
         library = functools.partial(Columns, narrow=not problem.keeps_dz)
         return chunk_products.run(problem, tensors, plan, Launcher(problem, tensors).rows, chunked.compacts(problem), library)
 
