@@ -28,7 +28,7 @@ def dz_dtype(problem: Problem) -> torch.dtype:
     return problem.student_dtype if dz_bytes(problem) else torch.float32
 
 
-def schedule(problem: Problem, keeps_logits: bool, reason: str, token_bytes: int, fixed_bytes: int) -> Schedule:
+def schedule(problem: Problem, keeps_logits: bool, reason: str, token_bytes: int, fixed_bytes: int, exchanged: int = 0) -> Schedule:
     """`token_bytes` and `fixed_bytes`: what the kernels hold, for each token of a chunk and beside them. Chunked, or tile-fused."""
     sampled_token_bytes, sampled_fixed_bytes = sampled_bytes(problem, library=True)
     # What a chunk of scattered tokens is gathered into; where torch does not make wide products, also what it widens.
@@ -44,6 +44,7 @@ def schedule(problem: Problem, keeps_logits: bool, reason: str, token_bytes: int
         keeps_logits=keeps_logits,
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         in_flight=chunked.IN_WORK if problem.group else 1,
+        exchanged=exchanged,
         most_bytes=None if keeps_logits else SWEEP_BYTES,
         token_bytes=token_bytes + sampled_token_bytes,
         fixed_bytes=fixed_bytes + sampled_fixed_bytes,

@@ -23,6 +23,7 @@ class Schedule:
     most_bytes: int | None = None  # nor would more memory for a chunk's tokens; `workspace_mib` alone limits what is fixed
     token_alignment: int = 1  # chunks are allocated in multiples of this
     in_flight: int = 1  # chunks at a time: one works while numbers of another are on their way to other ranks
+    exchanged: int = 0  # numbers of each token that a rank tells every other, of a vocabulary in shards
     token_bytes: int = 0  # for each token of a chunk
     fixed_bytes: int = 0
     row_bytes: int = 0  # temporaries for each of `Plan.row_tokens` tokens; 0: the kernel has none
@@ -44,6 +45,7 @@ class Plan:
     eager_bytes: int  # what eager torch holds at its peak for the same loss, gradients left out
     forward_flops: int
     backward_flops: int
+    exchanged_bytes: int = 0  # that each rank of a vocabulary in shards receives
 
     @property
     def peak_bytes(self) -> int:
@@ -65,6 +67,7 @@ class Plan:
                 f"gradients   {mib(self.gradient_bytes)} accumulated, {mib(self.cast_bytes)} cast",
                 f"peak        {mib(self.peak_bytes)} above the inputs",
                 f"eager       {mib(self.eager_bytes + self.gradient_bytes + self.cast_bytes)} above the inputs",
+                *([f"exchanged   {mib(self.exchanged_bytes)} received of other ranks"] if self.exchanged_bytes else []),
                 f"products    {self.forward_flops / 1e12:,.3f} TFLOP forward, {self.backward_flops / 1e12:,.3f} TFLOP backward",
             ]
         )
@@ -135,6 +138,10 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
     # Eager torch, float32 logits: both models' logits and log-softmaxes forward; then both log-softmaxes, the pointwise divergence
     # and two gradients of that size. Five buffers at once either way with a teacher, three without.
     eager_buffers = 5 if problem.teacher_dim else 3
+    # All others' numbers; and of a sum, by rings: each part of it once on its way to the rank that adds it up last, and once from there.
+    others = max(0, len(problem.shard_sizes) - 1)
+    passes = (1 if problem.shares_d_hidden else 2) * others / max(1, len(problem.shard_sizes))
+    exchanged_values = problem.tokens * (schedule.exchanged * others + passes * problem.student_dim * problem.d_hidden)
     return Plan(
         schedule=schedule.name,
         reason=schedule.reason + _of_columns(problem),
@@ -150,4 +157,5 @@ def make_plan(problem: Problem, schedule: Schedule) -> Plan:
         eager_bytes=eager_buffers * problem.tokens * problem.vocabulary * element,
         forward_flops=2 * problem.tokens * forward_columns * (problem.student_dim + problem.teacher_dim),
         backward_flops=2 * problem.tokens * (kept or problem.vocabulary) * problem.student_dim * (problem.d_hidden + problem.d_weight),
+        exchanged_bytes=int(exchanged_values * element),
     )

@@ -2,14 +2,14 @@
 
 A rank computes what it can from its own rows. What a token's loss and gradient ask of the whole vocabulary is a few numbers, as if the
 ranks were parts of one row kernel: they are gathered by all ranks, and put together by each in the order of the ranks. So every rank has
-the same bits, and the same from run to run, and one exchange does for what would be a sum after a maximum. A token costs each rank
+the same bits, and the same from run to run, and one exchange does for what would be a sum after a maximum. Of each token a rank says
 
-    STATISTICS numbers   maxima and sums of exponentials of both models, for the log-sum-exps
-    SUMS numbers         once those are known: sums of divergence and slopes, of the cross entropy, and of the stats
-    D_s numbers          its share of d_hidden, which is added up; only where that gradient is asked for
+    to every other rank   its maxima and sums of exponentials of both models, for the log-sum-exps; once those are known, its sums of
+                          divergence, slopes, cross entropy and stats: `Schedule.exchanged` numbers of 4 bytes (8 in float64) in all
+    in a sum of all       its share of d_hidden, D_s numbers; only where that gradient is asked for
 
-of 4 bytes (8 in float64), handed to each other rank. The gradient of a rank's rows of the head is its own. Before the first chunk the ranks
-compare what they were called with (`join`).
+while another chunk is worked on (`chunked`). The gradient of a rank's rows of the head is its own. Before the first chunk the ranks compare
+what they were called with (`join`).
 
 Columns of sampled gradients (`columns`) are drawn by each rank from its own, as many of them as its share of the vocabulary says. A product
 over the vocabulary is the sum of the shards' products, so the estimate of the sum is as unbiased as that of each.
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from distill_kernels.problem import Problem, Tensors
 
-STATISTICS, SUMS = 6, 8
 # By their names of torch 2.13, or those before.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor

@@ -26,6 +26,7 @@ def plan(
     column_fraction: float | str | None = None,
     sweep: str | None = None,
     listed: int = 0,
+    ranks: int = 1,
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Plan:
@@ -34,11 +35,12 @@ def plan(
     Nothing runs and nothing is allocated; `print` the result to read it. `weight_gradient=False` is a frozen head, `teacher_dim=0` a
     call without a teacher (kd_weight=0); column_fraction="auto" counts its largest choice, 32 %. listed=K is a call of
     `sparse_distillation_loss` with K entries for each token, or of `selected_logprobs` with reduction="none": teacher_dim is 0 then.
+    ranks=P is the share of each rank of a process group over which the vocabulary is divided (`process_group`).
 
     Returns
         A `Plan`: chunk_tokens, chunks, workspace_bytes, saved_bytes (columns of dz that forward keeps for backward), quantised_bytes (of
         the heads in 8 bits, for a sweep), gradient_bytes, cast_bytes, peak_bytes (above the inputs), eager_bytes (what eager torch holds
-        for the same loss, gradients left out), forward_flops, backward_flops.
+        for the same loss, gradients left out), forward_flops, backward_flops, exchanged_bytes (that a rank receives of others).
 
     Raises
         ValueError if the workspace cannot hold one token's logits; NotImplementedError if no backend can run it.
@@ -52,6 +54,7 @@ def plan(
         ("student_dim", student_dim, 1),
         ("teacher_dim", teacher_dim, 0),
         ("listed", listed, 0),
+        ("ranks", ranks, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -69,9 +72,17 @@ def plan(
         column_fraction, tolerance = FRACTIONS[-1], 1.0  # that there is one decides what is kept, not which
     contract.finite_number("column_fraction", column_fraction, above=0, most=1, optional=True)
     deferred = reduction == "none"
+    shards = {}
+    if ranks > 1:
+        if listed:
+            raise NotImplementedError("losses of listed entries are not available for a vocabulary in shards")
+        contract.check_sharded("auto" if tolerance else column_fraction, sweep, "error")
+        sizes = tuple(vocabulary // ranks + (rank < vocabulary % ranks) for rank in range(ranks))
+        shards, vocabulary = {"group": "planned", "shard_sizes": sizes}, sizes[0]
     problem = contract.Problem(
         tokens=tokens,
         vocabulary=vocabulary,
+        **shards,
         student_dim=student_dim,
         teacher_dim=teacher_dim,
         student_dtype=dtype,

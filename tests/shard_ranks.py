@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distill_kernels import columns, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, shards, token_logprobs
+from distill_kernels.backends.torch.rows import STATISTICS, Sums
 from distill_kernels.problem import STATS
 
 TOKENS, VOCABULARY, STUDENT_DIM, TEACHER_DIM = 37, 301, 24, 16
@@ -333,7 +334,7 @@ def bytes_are_those_of_the_docstring(gradient):
         sharded()(hidden, *inputs[1:4], backend="torch", workspace_mib=1)
     finally:
         shards.Shards.gather, shards.Shards.add_up = gather, add_up
-    joined = sent["gathered"] - tokens * 4 * (shards.STATISTICS + shards.SUMS)
+    joined = sent["gathered"] - tokens * 4 * (STATISTICS + len(Sums._fields))
     assert 0 < joined < 1024, f"{joined} bytes were gathered beside those of the tokens"
     assert sent["added"] == tokens * STUDENT_DIM * 4 * gradient
 

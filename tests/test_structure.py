@@ -69,7 +69,7 @@ def layer(name):
 
 
 # What each layer may import of the package. A backend may import what lies in its own folder and the extension, never another.
-SHARED = {"divergences", "columns", "problem", "plan", "memory", "products", "quantised", "sampling"}
+SHARED = {"divergences", "columns", "problem", "plan", "memory", "products", "quantised", "sampling", "shards"}
 BACKENDS_SHARE = SHARED | {"chunk_products", "chunked", "correction", "listed", "_cuda", "_native"}
 ALLOWED = {
     "divergences": set(),
@@ -77,6 +77,7 @@ ALLOWED = {
     "problem": {"columns", "divergences"},
     "plan": {"divergences", "problem", "quantised"},
     "products": {"problem"},
+    "shards": {"problem"},
     "columns": set(),
     "quantised": {"divergences", "problem"},
     "sampling": {"columns", "problem", "products"},

@@ -28,6 +28,7 @@ def add(commands) -> None:
     parser.add_argument("--frozen-head", action="store_true", default=False, help="the student's head gets no gradient")
     parser.add_argument("--column-fraction", type=float, default=None, metavar="F", help="of the vocabulary that gradient products go over")
     parser.add_argument("--sweep", choices=("int8", "fp8"), default=None, help="logits from 8-bit products, corrected by those columns")
+    parser.add_argument("--ranks", type=int, default=1, metavar="P", help="over which the vocabulary is divided; default: %(default)s")
     parser.add_argument("--workspace-mib", type=int, default=None, metavar="MIB", help="for all but gradients")
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
 
@@ -45,6 +46,7 @@ def run(given: argparse.Namespace) -> None:
             weight_gradient=not given.frozen_head,
             column_fraction=given.column_fraction,
             sweep=given.sweep,
+            ranks=given.ranks,
             workspace_mib=given.workspace_mib,
         )
     except (ValueError, NotImplementedError) as error:

@@ -8,7 +8,7 @@ import torch
 
 from distill_kernels import chunked, quantised
 from distill_kernels.backends.torch import listed
-from distill_kernels.backends.torch.rows import ROW_BUFFERS, Rows, row_kernel
+from distill_kernels.backends.torch.rows import ROW_BUFFERS, STATISTICS, Rows, Sums, row_kernel
 from distill_kernels.backends.torch.swept import SweptChunk
 from distill_kernels.correction import correction_bytes
 from distill_kernels.listed import listed_bytes
@@ -46,6 +46,7 @@ def schedule(problem: Problem) -> Schedule:
     return Schedule(
         most_tokens=SAMPLED_TOKENS if problem.kept_columns else None,
         in_flight=chunked.IN_WORK if problem.group else 1,
+        exchanged=(STATISTICS + len(Sums._fields)) * bool(problem.group),
         # The chunk's hidden states widened, and its d_hidden.
         token_bytes=(2 * problem.student_dim + problem.teacher_dim) * element + sampled_token_bytes + listed_bytes(problem),
         fixed_bytes=panel_bytes(problem) + sampled_fixed_bytes,

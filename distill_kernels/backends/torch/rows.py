@@ -19,6 +19,7 @@ from distill_kernels.problem import TAIL_PROBABILITY, Problem
 from distill_kernels.products import apply_head
 from distill_kernels.shards import Shards
 
+STATISTICS = 6  # columns of `_statistics`
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the
 # seven of jensen_shannon's mixture.
 ROW_BUFFERS = 12
@@ -108,8 +109,8 @@ def _part(statistics, count, index):
 
 
 def _statistics(problem: Problem, rows: Rows):
-    """(n, 6): maximum and Σ exp of the student's logits, tempered and not, those of the teacher's, and whether maxima are in one place.
-    Makes the logits the meant ones."""
+    """(n, STATISTICS): maximum and Σ exp of the student's logits, tempered and not, those of the teacher's, and whether both maxima are of
+    one entry. Makes the logits the meant ones."""
     z, y = rows.student_logits, rows.teacher_logits
     apply_head(z, rows.student_bias, problem.student_logit_scale, problem.student_softcap)
     columns = [*_maximum_and_sums(z, problem.temperature, problem.cross_entropy or problem.z_loss)]
@@ -119,7 +120,7 @@ def _statistics(problem: Problem, rows: Rows):
         if rows.stats is not None:
             columns.append((z.argmax(-1) == y.argmax(-1)).to(z.dtype))
     zeros = z.new_zeros(len(z))
-    return torch.stack([*columns, *[zeros] * (6 - len(columns))], -1)
+    return torch.stack([*columns, *[zeros] * (STATISTICS - len(columns))], -1)
 
 
 def _maximum_and_sums(logits, temperature, untempered):
@@ -131,7 +132,7 @@ def _maximum_and_sums(logits, temperature, untempered):
 
 
 def _merged(problem: Problem, statistics) -> Statistics:
-    """Of (ranks, n, 6), in the order of ranks."""
+    """Of (ranks, n, STATISTICS), in the order of ranks."""
     student_maxima, tempered, bare, teacher_maxima, teacher, agreement = statistics.unbind(-1)
 
     def merged(maxima, sums, temperature):

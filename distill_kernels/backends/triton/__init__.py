@@ -72,7 +72,7 @@ def schedule(problem: Problem) -> Schedule:
         token_bytes, fixed_bytes = launch.partial_bytes(problem, True)
         reason = "what tokens list is taken out of a chunk's logits"
         return chunk_products.schedule(problem, True, reason, token_bytes + listed_bytes(problem), fixed_bytes)
-    return chunk_products.schedule(problem, keeps, reason, *launch.partial_bytes(problem, keeps))
+    return chunk_products.schedule(problem, keeps, reason, *launch.partial_bytes(problem, keeps), launch.exchanged(problem, keeps))
 
 
 def _swept_schedule(problem: Problem, reason) -> Schedule:

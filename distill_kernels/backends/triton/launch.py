@@ -4,7 +4,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distill_kernels import chunked
+from distill_kernels import chunk_products, chunked
 from distill_kernels.backends.triton import kept_columns, listed_columns, listed_entries, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import MERGED, PLACES, STATISTICS, TOTALS
@@ -39,6 +39,15 @@ def partial_bytes(problem: Problem, keeps_logits: bool) -> tuple[int, int]:
         return 2 * held * rows.partial_bytes(1, 1), 2 * held * rows.partial_bytes(programs, 1)
     tile = sweep.configuration(architecture(problem.device), _widest(problem), problem.tokens).rows
     return held * rows.partial_bytes(1, 1) + 4 * MERGED, held * rows.partial_bytes(tile * (multiprocessors(problem.device) + 1), 1)
+
+
+def exchanged(problem: Problem, keeps_logits: bool) -> int:
+    """Numbers of each token that a rank tells every other: of a split each, which a chunk of many tokens has one or two of."""
+    if not problem.group:
+        return 0
+    tokens = min(problem.tokens, chunk_products.SAMPLED_TOKENS)
+    splits = rows.splits_of(tokens, problem.vocabulary, rows.configuration(architecture(problem.device))) if keeps_logits else 1
+    return splits * (STATISTICS + TOTALS)
 
 
 def swept_bytes(problem: Problem) -> tuple[int, int]:
