@@ -25,9 +25,9 @@ from torch import Tensor
 
 from distill_kernels.problem import Problem, Tensors
 
-# By their names of torch 2.13, or those before.
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+# By their names of torch 2.13, or those before; None in a torch that was built without them, which has no groups either.
+_all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or getattr(distributed, "reduce_scatter_tensor", None)
 # Fields of a problem that are each rank's own.
 _OWN = ("vocabulary", "device", "group", "shard_sizes")
 _PLACES = 16  # of a tensor's entries, that are compared to see whether all ranks hold the same tokens
@@ -37,7 +37,7 @@ _TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Shards:
-    group: distributed.ProcessGroup
+    group: "distributed.ProcessGroup"
     rank: int
     ranks: int
     sizes: tuple[int, ...] = ()  # entries of each rank; () before they have told each other

@@ -188,6 +188,7 @@ class DistillationLoss(nn.Module):
         self.options = options
         defaults = {name: SIGNATURE.parameters[name].default for name in allowed}
         _check_options({**defaults, **options})
+        vocabulary_shards.check(options.get("process_group"), options.get("sequence_parallel", False))
 
     def forward(self, student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, **per_call) -> Tensor:
         """per_call: student_bias, teacher_bias, token_weight, num_items; see `distillation_loss`."""

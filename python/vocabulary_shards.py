@@ -23,9 +23,8 @@ def localised(arguments: dict[str, Any], process_group, sequence_parallel: bool)
 
     Raises TypeError or ValueError, in words, for what is no group, and for DTensors that are not laid out as the loss wants them.
     """
-    if not isinstance(sequence_parallel, bool):
-        raise TypeError(f"sequence_parallel must be True or False, got {sequence_parallel!r}")
-    group = None if process_group is None else _group(process_group)
+    check(process_group, sequence_parallel)
+    group = process_group.get_group() if _is_mesh(process_group) else process_group
     local = dict(arguments)
     for name in HEADS:
         if _is_dtensor(local.get(name)):
@@ -49,19 +48,24 @@ def localised(arguments: dict[str, Any], process_group, sequence_parallel: bool)
     return local, Spread("" if group is None else group.group_name, sequence_parallel)
 
 
-def _group(process_group) -> "distributed.ProcessGroup":
-    if not distributed.is_available() or not distributed.is_initialized():
-        raise ValueError("process_group was passed, but torch.distributed is not initialised; call init_process_group first")
-    if isinstance(process_group, distributed.DeviceMesh):
-        if process_group.ndim != 1:
-            raise ValueError(
-                f"process_group is a device mesh of {process_group.ndim} dimensions, wanted the one that the vocabulary is divided over, "
-                'for instance mesh["vocabulary"]'
-            )
-        return process_group.get_group()
-    if not isinstance(process_group, distributed.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or a device mesh, got {type(process_group).__name__}")
-    return process_group
+def check(process_group, sequence_parallel):
+    """Raises TypeError or ValueError unless they are a process group, a device mesh of one dimension or None, and a bool."""
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(f"sequence_parallel must be True or False, got {sequence_parallel!r}")
+    if _is_mesh(process_group) and process_group.ndim != 1:
+        raise ValueError(
+            f"process_group is a device mesh of {process_group.ndim} dimensions, wanted the one that the vocabulary is divided over, for "
+            'instance mesh["vocabulary"]'
+        )
+    is_group = distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
+    if process_group is not None and not _is_mesh(process_group) and not is_group:
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or a device mesh, or None, got {type(process_group).__name__}"
+        )
+
+
+def _is_mesh(process_group) -> bool:
+    return distributed.is_available() and isinstance(process_group, distributed.DeviceMesh)
 
 
 def _is_dtensor(tensor) -> bool:
