@@ -20,7 +20,8 @@ A100 = Limits(80, 108, 163 * 1024, 1, 512)
 def kernels(request, monkeypatch):
     """Those that the backend calls; in emulation threads, blocks and late copies come in an order of the test's own."""
     if ON_GPU:
-        return extension.kernels
+        yield extension.kernels
+        return
     emulated = cuda_emulated.module()
     emulated.schedule(sum(request.node.name.encode()))
     monkeypatch.setattr(extension, "kernels", emulated)
