@@ -349,7 +349,7 @@ def test_a_model_that_was_dequantised_can_be_saved(here, tmp_path):
 
     model, _ = initial_models.load("student", here / "student")
     model.config.quantization_config = GgufConfig()
-    model.hf_quantizer = GgufHfQuantizer(model.config.quantization_config)
+    model.hf_quantizer, model.is_quantized = GgufHfQuantizer(model.config.quantization_config), True
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)
