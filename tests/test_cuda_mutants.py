@@ -37,7 +37,7 @@ def copy_of_sources(folder, name=None, old="", new="", count=1):
     return csrc
 
 
-def run(csrc, folder, sanitizer="", seeds=(0, 1, 2)):
+def run(csrc, folder, sanitizer="", seeds=(0, 1, 2, 3)):
     """(exit status, what it said, results) of the driver with the kernels of these sources."""
     program = cuda_emulated.program(DRIVER, ("rows_kl", "columns"), sanitizer, csrc)
     # Where the addresses of a process are drawn at random over too wide a range, the race detector does not start.
@@ -50,7 +50,7 @@ def run(csrc, folder, sanitizer="", seeds=(0, 1, 2)):
 
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 def test_kernels_run_clean_and_give_the_same_bits_under_every_schedule(sanitizer, tmp_path):
-    status, said, results = run(copy_of_sources(tmp_path), tmp_path, sanitizer, seeds=(0, 1, 2, 3) if sanitizer == "" else (0, 3))
+    status, said, results = run(copy_of_sources(tmp_path), tmp_path, sanitizer, seeds=(0, 1, 2, 3, 4, 6) if sanitizer == "" else (0, 3))
     assert status == 0, said
     assert len(results) > 10000 and numpy.isfinite(results).all()
 
@@ -169,7 +169,7 @@ def right(tmp_path_factory):
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_mistake_is_found(mutant, right, tmp_path):
-    seeds = (0, 1, 2) if mutant.sanitizer == "" else (1, 2)
+    seeds = (0, 1, 2, 3) if mutant.sanitizer == "" else (1, 2)
     status, said, results = run(copy_of_sources(tmp_path, *mutant[:4]), tmp_path, mutant.sanitizer, seeds)
     if status != 0:
         assert re.search(mutant.said or "refused", said), said[-2000:]
