@@ -58,6 +58,8 @@ def _said(*arguments) -> str:
 def short(mangled: str) -> str:
     """"row_kernel forward_kl" of the name that the linker knows: the kernel, and the types that it is a template over."""
     of = [word for word in _identifiers(mangled.partition("EEv")[0]) if word not in ("distill_kernels", "cuda") and "_GLOBAL_" not in word]
+    if f"{of[0]}I" not in mangled:
+        return of[0]
     element = re.search(rf"{of[0]}I([ft])E", mangled)
     return " ".join([*of, *([{"f": "float", "t": "uint16_t"}[element[1]]] if element else [])])
 

@@ -52,9 +52,10 @@ STAGE_SECONDS = {"environment": 60, "peaks": 40, "rows": 40, "tests": 170}
 CASE_SECONDS = 60
 TEST_PROCESSES = max(1, min(12, (os.cpu_count() or 1) // 2))
 TEST_FILES = (
-    "tests/test_triton.py", "tests/test_triton_quantised.py", "tests/test_triton_graphs.py", "tests/test_cuda.py", "tests/test_columns.py",
+    "tests/test_triton.py", "tests/test_triton_quantised.py", "tests/test_triton_graphs.py", "tests/test_cuda.py",
+    "tests/test_cuda_sweep_backend.py", "tests/test_columns.py",
 )  # fmt: skip
-# All of the first four (their names have the word), and of the last what runs on these backends.
+# All of the first five (their names have the word), and of the last what runs on these backends.
 TESTS = "triton or cuda or every_backend"
 DRY_TESTS = "(test_divergence_alone and forward_kl and triton) or (drawn_columns and triton)"
 

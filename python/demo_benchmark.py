@@ -20,8 +20,6 @@ REPETITIONS = 5
 WARM_UP_TOKENS = 8
 # Both sum 49,152 float32 terms in different orders; a wrong kernel is wrong by orders of magnitude more.
 LARGEST_DIFFERENCE = 1e-3
-
-
 VARIANTS = {"fused": distillation_loss, "eager": loss_variants.eager}
 
 

@@ -84,7 +84,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("compute_loss_func takes logits, which are not made here; options of distillation_loss say what the loss is")
         self.teacher_cache = teacher_cache
         super().__init__(model=model, args=args, **trainer)
-        _check_parallelism(self)
+        check_parallelism(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
         self._check_vocabulary()
@@ -237,7 +237,7 @@ class _TokenMeans:
         return (sums[:-1] / sums[-1].clamp(min=1)).tolist()
 
 
-def _check_parallelism(trainer: Trainer):
+def check_parallelism(trainer: Trainer):
     """Raises where the student's forward is split in a way in which the loss would be wrong."""
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(

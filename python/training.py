@@ -52,11 +52,11 @@ class PlainText:
         return {"teacher_hidden": None, "teacher_weight": None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaughtText(PlainText):
     """Windows of text that the teacher reads whenever the student does."""
 
-    model: nn.Module = None
+    model: nn.Module
     autocast: torch.dtype | None = None
 
     @torch.no_grad()
@@ -65,11 +65,11 @@ class TaughtText(PlainText):
             return run_backbone(self.model, **inputs).as_teacher()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadText(PlainText):
     """Windows of text, and the states in which the teacher read them: its whole distribution, for the price of a matrix."""
 
-    output: BackboneOutput = None  # hidden (n, S, D_t), on the CPU; the head where the loss runs
+    output: BackboneOutput  # hidden (n, S, D_t), on the CPU; the head where the loss runs
 
     def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
         return {**self.output.as_teacher(), "teacher_hidden": self.output.hidden[rows].to(self.device)}
@@ -122,7 +122,7 @@ def read(text: TaughtText, batch_size: int) -> ReadText:
             output = run_backbone(text.model, **text.inputs(rows))
         outputs.append(BackboneOutput(**{**vars(output), "hidden": output.hidden.cpu()}))
     hidden = torch.cat([output.hidden for output in outputs])
-    return ReadText(text.input_ids, text.device, BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
+    return ReadText(text.input_ids, text.device, output=BackboneOutput(**{**vars(outputs[0]), "hidden": hidden}))
 
 
 @torch.no_grad()

@@ -111,8 +111,9 @@ def _student(settings, checkpoint, teacher, tokenizer) -> tuple[nn.Module, Any, 
         return student, student_tokenizer, training_checkpoints.read_run(checkpoint)["trained"]
     if settings.student is None:
         keep = settings.student_layers or initial_models.layers_to_keep(teacher)
-        student = initial_models.cut_student(teacher, initial_models.check_layers(teacher, keep)).float()
-        return initial_models.savable(student), tokenizer, None
+        student = initial_models.cut_student(teacher, initial_models.check_layers(teacher, keep))
+        # In this order: a model that remembers its quantisation refuses float(), too.
+        return initial_models.savable(student).float(), tokenizer, None
     student, student_tokenizer = initial_models.load("--student", settings.student)
     if tokenizer is not None:
         initial_models.check_tokenizers(tokenizer, student_tokenizer)
@@ -127,7 +128,7 @@ def _from_text(settings, tokenizer, teacher, device, autocast):
     if teacher is None:
         text, held_out = (training.PlainText(windows, device) for windows in ids)
     else:
-        text, held_out = (training.TaughtText(windows, device, teacher, autocast) for windows in ids)
+        text, held_out = (training.TaughtText(windows, device, model=teacher, autocast=autocast) for windows in ids)
     read = {"split": documents.split, "train_tokens": ids[0].numel(), "held_out_tokens": ids[1].numel()}
     return text, held_out, order, read, hashlib.sha256(torch.cat(ids).numpy().tobytes()).hexdigest()
 

@@ -349,11 +349,13 @@ def test_a_model_that_was_dequantised_can_be_saved(here, tmp_path):
 
     model, _ = initial_models.load("student", here / "student")
     model.config.quantization_config = GgufConfig()
-    model.hf_quantizer = GgufHfQuantizer(model.config.quantization_config)
+    model.hf_quantizer, model.is_quantized = GgufHfQuantizer(model.config.quantization_config), True
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)
-    copy = initial_models.savable(model)
+    with pytest.raises(ValueError, match="not supported for quantized"):
+        model.float()
+    copy = initial_models.savable(model).float()
     copy.save_pretrained(tmp_path)
     assert all(torch.equal(a, b) and a.requires_grad == b.requires_grad for a, b in zip(model.parameters(), copy.parameters(), strict=True))
 

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
 from trainer_runs import (
     VOCAB,
     assert_same_run,
@@ -19,6 +22,7 @@ from trainer_runs import (
 )
 
 from distill_kernels import TeacherCache, distillation_loss, write_teacher_cache
+from distill_kernels.api.trainer import check_parallelism
 from distill_kernels.api.trainer_loss import METRICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6")
@@ -136,6 +140,29 @@ def test_models_that_are_not_known_are_refused_before_training(tmp_path):
     )
     with pytest.raises(NotImplementedError, match="model_type 'bert'"):
         distillation_trainer(tmp_path, transformers.BertLMHeadModel(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_gpu": 2}, "DataParallel over 2 devices is not supported; start one process for each"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tp_size=2, but the loss needs whole rows and a whole head"),
+        ({"parallelism_config": ParallelismConfig(cp_size=4)}, "cp_size=4"),
+        ({"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=1)}, "FSDP of version 1 is not supported"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO-3 keeps the LM head in shards"),
+    ],
+)
+def test_parallelism_that_splits_the_head_or_the_rows_is_refused(changes, message):
+    """What a Trainer would have that was started so; it cannot be on a CPU."""
+    plugins = {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2), "deepspeed_plugin": SimpleNamespace(zero_stage=2)}
+
+    def trainer(n_gpu=1, parallelism_config=None, **changed):
+        accelerator = SimpleNamespace(parallelism_config=parallelism_config, state=SimpleNamespace(**{**plugins, **changed}))
+        return SimpleNamespace(args=SimpleNamespace(n_gpu=n_gpu), accelerator=accelerator, is_fsdp_enabled=True, is_deepspeed_enabled=True)
+
+    check_parallelism(trainer())
+    with pytest.raises(NotImplementedError, match=message):
+        check_parallelism(trainer(**changes))
 
 
 def test_without_transformers_the_import_says_what_to_install():

@@ -7,17 +7,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from distill_kernels import DistillationTrainer
 
 VOCAB = 101
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
+# initializer_range: far from uniform, as trained models are.
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB,
+    "initializer_range": 0.3,
+}  # fmt: skip
 
 
 def tiny_llama(seed, **changes):
     set_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
-    with torch.no_grad():  # far from uniform, as trained models are
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-    return model
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
 
 
 def make_student(**changes):
@@ -116,7 +115,7 @@ def eager_trainer(folder, student=None, train=13, *, arguments_changes=None, **o
     )
 
 
-def assert_same_weights(got, wanted, rtol=1e-5, atol=1e-6):
+def assert_same_weights(got, wanted, rtol=5e-5, atol=5e-6):
     wanted = dict(wanted.named_parameters())
     assert wanted
     for name, parameter in got.named_parameters():
@@ -124,6 +123,7 @@ def assert_same_weights(got, wanted, rtol=1e-5, atol=1e-6):
     assert not wanted
 
 
-def assert_same_run(got, wanted, rtol=1e-5):
+def assert_same_run(got, wanted, rtol=5e-5):
+    """To float32's rounding, which large steps carry on: the learning rate is 0.5."""
     torch.testing.assert_close(curve(got), curve(wanted), rtol=rtol, atol=0)
     assert_same_weights(got.model, wanted.model)

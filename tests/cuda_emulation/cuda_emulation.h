@@ -115,7 +115,8 @@ unsigned char* shared();
 // The same place in the shared memory of another block of the cluster.
 void* shared_of(const void* mine, unsigned rank);
 
-// 0: threads, blocks and late copies in the order of the program. Otherwise drawn from the seed; of an odd one copies happen early.
+// 0: threads, blocks and late copies in the order of the program. Otherwise drawn from the seed; of an odd one copies happen early, and of a
+// multiple of 3 one block of a cluster, the (seed / 3)-th, always goes first: it ends while others still want something of it.
 void schedule(unsigned seed);
 bool copies_are_late();
 uint64_t switches();

@@ -155,7 +155,7 @@ int main(int count, char** arguments) try {
       {5, 301, 1, 64, false, true, false, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
       {5, 301, 2, 32, true, true, false, -14.0f, 9.0f, 0.5f, Element::kFloat32, kForward},  // the teacher's alone
       {5, 1023, 4, 32, true, true, true, -8.0f, 3.0f, 0.5f, Element::kBfloat16, kThreePasses},
-      {4, 515, 2, 64, false, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kThreePasses},
+      {4, 515, 2, 64, false, true, false, -1e4f, 3.0f, 0.5f, Element::kFloat32, kThreePasses},
       {5, 66, 8, 32, true, true, false, -1e4f, 3.0f, 2.0f, Element::kFloat16, kForward},  // threads without an entry, and cold
       {6, 3, 1, 32, true, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
       {5, 130, 2, 32, true, false, true, -1e4f, 3.0f, 0.5f, Element::kFloat16, kNone},

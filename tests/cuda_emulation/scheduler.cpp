@@ -121,7 +121,8 @@ size_t bytes_of_shared = 0;
 const std::function<void()>* kernel = nullptr;
 std::string failure;
 std::mt19937 generator;
-bool shuffles = false, late = true;
+bool shuffles = false, late = true, favours = false;
+unsigned favourite = 0;
 uint64_t switch_count = 0;
 Traffic bytes{};
 // Of the cluster that runs.
@@ -228,7 +229,9 @@ void start(int index, Block* block, unsigned thread) {
 
 int next() {
   if (shuffles) {
-    const size_t at = runnable_head + generator() % (runnable.size() - runnable_head);
+    size_t at = runnable_head + generator() % (runnable.size() - runnable_head);
+    for (size_t i = runnable_head; favours && i < runnable.size(); ++i)
+      if (fibers[runnable[i]].block->rank == favourite % blocks_in_cluster) at = i;
     std::swap(runnable[runnable_head], runnable[at]);
   }
   const int fiber = runnable[runnable_head++];
@@ -332,6 +335,8 @@ void* shared_of(const void* mine, unsigned rank) {
 void schedule(unsigned seed) {
   shuffles = seed != 0;
   late = seed % 2 == 0;
+  favours = shuffles && seed % 3 == 0;
+  favourite = seed / 3;
   generator.seed(seed);
 }
 bool copies_are_late() { return late; }
