@@ -153,7 +153,7 @@ def rows(dry: bool) -> dict:
         tensors = Tensors(hidden, weight, None, hidden, weight, None, None, coefficients)
         made = {name: launcher(problem, tensors) for name, launcher in launchers.items()}
         steps = {
-            name: lambda of=of, chunk=chunk, student=student, teacher=teacher, dz=dz: of.rows(chunk, student, teacher, dz, None)
+            name: lambda of=of, chunk=chunk, student=student, teacher=teacher, dz=dz: list(of.rows(chunk, student, teacher, dz, None) or ())
             for name, of in made.items()
         }
         for step in steps.values():

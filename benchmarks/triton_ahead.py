@@ -162,12 +162,12 @@ def launches(
         if problem.swept:
             _launch_swept(launcher, problem, tensors, chunk)
         elif fused:
-            launcher.sweep(chunk)
+            list(launcher.sweep(chunk))  # generators, which yield for other ranks
         elif problem.listed:
             _launch_listed(launcher, problem)
         else:
             logits = [_new(problem.tokens, problem.vocabulary) if dim else None for dim in (problem.student_dim, problem.teacher_dim)]
-            launcher.rows(chunk, *logits, *_dz(problem, logits[0]))
+            list(launcher.rows(chunk, *logits, *_dz(problem, logits[0])))
     return made
 
 

@@ -53,7 +53,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.divergence is not None and problem.divergence.name not in _native.divergences:
         return f"it has the built-in divergences compiled in ({', '.join(BUILT_IN)}), and {problem.divergence.name} is not one of them"
     if problem.group:
-        return "its kernels go over whole vocabularies, and this one is in shards of a process group"
+        return "its kernels go over whole vocabularies; those of the triton and torch backends over shards, too"
     if problem.sweep == "fp8":
         return "it sweeps in int8, which CPUs multiply; there is no float8 arithmetic in them"
     return None

@@ -38,6 +38,8 @@ def why_not(problem: Problem) -> str | None:
             return reason
     if problem.sweep:
         return "it has no quantised sweep; the triton and torch backends have"
+    if problem.group:
+        return "its kernels go over whole vocabularies; those of the triton and torch backends over shards, too"
     if problem.divergence is not None and problem.divergence.name not in kernels.divergences:
         return f"it has the built-in divergences compiled in ({', '.join(BUILT_IN)}), and {problem.divergence.name} is not one of them"
     return None
