@@ -202,7 +202,7 @@ DK_DEVICE void take_tile(
     const Takes& takes, typename Parts::Logits& student, typename Parts::Logits& teacher, const OwnSums<Parts, typename Takes::Kept>& own,
     const Place& place, int at, int thread) {
   const Loss& loss = takes.sweep.loss;
-  // The code of a few entries of one row, again and again: that of all of them takes ten times as long to compile, and their copies more
+  // The code of a few entries of one row, again and again: that of all of them takes five times as long to compile, and their copies more
   // registers than there are. Registers have no index, so what is taken is selected.
 #pragma unroll 1
   for (int turn = 0; turn < Parts::kRowsOfThread * Parts::kGroupsOfRow; ++turn) {
