@@ -2,9 +2,10 @@
 // entries of, and their merge. sweep_mma.cu and sweep_wgmma.cu bring the products.
 //
 // A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden
-// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries
-// that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order
-// of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give the same bits.
+// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the
+// entries that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in
+// the order of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give
+// the same bits.
 //
 // Flops of a pass 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles and D to whole stages of the ring. Bytes of hidden states and
 // heads that it asks for, E of an element:
