@@ -83,7 +83,9 @@ def run(
     return unscaled(chunked.run(problem, tensors, plan, kernel, compact), scale)
 
 
-def multiply_kept(problem: Problem, saved: chunked.Saved, token_alignment: int, library: Callable[..., Library] = Library) -> chunked.Outputs:
+def multiply_kept(
+    problem: Problem, saved: chunked.Saved, token_alignment: int, library: Callable[..., Library] = Library
+) -> chunked.Outputs:
     """The gradients alone, from the columns of dz that a run with `problem.keeps_dz` has kept."""
     dtype = dz_dtype(problem)
     scale = dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None
