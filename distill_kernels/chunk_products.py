@@ -52,7 +52,7 @@ def schedule(problem: Problem, keeps_logits: bool, reason: str, token_bytes: int
 
 
 def run(
-    problem: Problem, tensors: Tensors, plan: Plan, rows: Callable, compact: bool, library: type[Library] = Library
+    problem: Problem, tensors: Tensors, plan: Plan, rows: Callable, compact: bool, library: Callable[..., Library] = Library
 ) -> chunked.Outputs:
     device = tensors.student_hidden.device
     products = Products(problem, device)
@@ -86,7 +86,9 @@ def run(
     return unscaled(chunked.run(problem, tensors, plan, kernel, compact), scale)
 
 
-def multiply_kept(problem: Problem, saved: chunked.Saved, token_alignment: int, library: type[Library] = Library) -> chunked.Outputs:
+def multiply_kept(
+    problem: Problem, saved: chunked.Saved, token_alignment: int, library: Callable[..., Library] = Library
+) -> chunked.Outputs:
     """The gradients alone, from the columns of dz that a run with `problem.keeps_dz` has kept."""
     dtype = dz_dtype(problem)
     scale = dz_scale(problem, saved.coefficients * saved.upstream[:, None]) if dtype is torch.float16 else None

@@ -81,12 +81,12 @@ def with_teacher(lists: Lists, log_p, tail_mass, tail: str, exponent: float, dty
     mass = most.exp() + p_of_others
     anything = shown.any(-1, keepdim=True)
     too_much = ~(mass <= MOST_MASS)
-    nothing = anything & (mass == 0) & (tail == "renormalise")
+    nothing = anything & (most == -torch.inf) & (tail == "renormalise")
     left = None if tail_mass is None else torch.where(anything, tail_mass.to(dtype)[:, None], 1.0)
     if log_p.device.type == "cpu":
         wanted = "teacher_logprobs must be logarithms of probabilities, natural ones, at the temperature of the loss"
         _refuse(too_much, mass, f"{wanted}; those of a row must not sum to more than 1")
-        _refuse(nothing, mass, 'tail="renormalise" wants at least one probability in a row that is not 0; they sum')
+        _refuse(nothing, most, 'teacher_logprobs of a row must not all be −inf with tail="renormalise"')
         if left is not None:
             _refuse(~((left >= 0) & (left <= 1)), left, "teacher_tail_mass must be a probability")
     flawed = lists.flawed | (too_much | nothing).squeeze(-1)

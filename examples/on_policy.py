@@ -102,7 +102,8 @@ def main() -> None:
 
     before = measure(student, teacher, held_out[:, : given.prompt], given.completion)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=given.learning_rate, weight_decay=0.0)
-    for step, rows in enumerate(training.progress(order[given.warm_up :], "on-policy"), start=1):
+    bar = training.progress(order[given.warm_up :], "on-policy")
+    for rows in bar:
         input_ids, labels = write(student, windows[rows][:, : given.prompt], given.completion)
         options = {"discount": given.discount} if given.estimator == "sampled" else {}
         loss = {"full": full, "sampled": sampled}[given.estimator](student, teacher, input_ids, labels, **options)
@@ -110,8 +111,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
     after = measure(student, teacher, held_out[:, : given.prompt], given.completion)
 
     print(f"what the student writes after {len(held_out)} held-out prompts, means of a token:")

@@ -132,7 +132,8 @@ def main() -> None:
     before = measure(student, teacher, held_out, given.batch_size)
     optimizer, schedule = training.optimizer_and_schedule(student, given.learning_rate, given.steps)
     batches = corpus.epochs(len(train), given.batch_size, given.steps, torch.Generator().manual_seed(0))
-    for step, chosen in enumerate(training.progress(batches, "student learns"), start=1):
+    bar = training.progress(batches, "student learns")
+    for chosen in bar:
         batch = {name: tensor.to(student.device) for name, tensor in padded([train[i] for i in chosen.tolist()]).items()}
         learned = run_backbone(student.train(), **batch)
         loss = distillation_loss(
@@ -147,8 +148,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
     after = measure(student, teacher, held_out, given.batch_size)
 
     print("held-out answers of the teacher, means of a token:")

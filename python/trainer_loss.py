@@ -25,7 +25,7 @@ METRICS = {
 }
 _WITHOUT_A_TEACHER = ("ce", "student_entropy")
 _READ_FROM_THE_MODELS = ("student_logit_scale", "student_softcap", "teacher_logit_scale", "teacher_softcap")
-_SET_BY_THE_TRAINER = ("reduction", "ignore_index")
+_SET_BY_THE_TRAINER = {"reduction": "mean", "ignore_index": IGNORED}
 # Of sparse_distillation_loss: what belongs to a batch, and to the cache.
 _READ_FROM_THE_CACHE = ("teacher_temperature", "teacher_tail_mass")
 _OF_A_BATCH = ("student_bias", "token_weight", "num_items")
@@ -58,11 +58,13 @@ class TrainerLoss:
         for names, reason in (
             (_READ_FROM_THE_MODELS, "is read from the models"),
             (_READ_FROM_THE_CACHE, "is read from the cache"),
-            (_SET_BY_THE_TRAINER, "is set by the Trainer: means over tokens, labels of -100 left out"),
         ):
             for name in names:
                 if name in options:
                     raise TypeError(f"{name} {reason}; it is no option of DistillationTrainer")
+        for name, value in _SET_BY_THE_TRAINER.items():  # a preset has them
+            if self.options.pop(name, value) != value:
+                raise ValueError(f"{name} must be {value!r} in a Trainer, got {options[name]!r}")
         if label_smoothing != 0:
             self._smooth(label_smoothing)
         self.sparse = cache is not None and cache.plan.kind == "top-k"

@@ -396,7 +396,7 @@ REFUSED = {
         changed(case=FULL._replace(logprobs=torch.full_like(FULL.logprobs, -2.3))), ValueError, "must not sum to more than 1, got 1.1",
     ),
     "no probability": (
-        changed(case=with_logprobs(-math.inf, at=4), tail="renormalise"), ValueError, "wants at least one probability.* row 4",
+        changed(case=with_logprobs(-math.inf, at=4), tail="renormalise"), ValueError, "must not all be −inf.* row 4",
     ),
     "teacher that requires grad": (
         changed(case=FULL._replace(logprobs=FULL.logprobs.clone().requires_grad_())), ValueError, "teacher_logprobs requires grad",
@@ -490,3 +490,12 @@ def test_tail_of_a_peaked_teacher_keeps_its_digits(largest):
     mass = 1 - logprobs.double().exp().sum(-1)
     got, want = loss_of(case, divergence="reverse_kl"), loss_of(case, divergence="reverse_kl", teacher_tail_mass=mass)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@BOTH
+def test_nan_is_not_lost_where_nothing_is_listed(backend):
+    ids = torch.full_like(FULL.ids, -1)
+    hidden = FULL.hidden.clone()
+    hidden[3] = math.nan
+    got = loss_of(FULL._replace(hidden=hidden, ids=ids), z_loss_weight=0.1, reduction="none", backend=backend)
+    assert got[3].isnan() and got[4:].isfinite().all()

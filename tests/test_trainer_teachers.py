@@ -21,7 +21,7 @@ from trainer_runs import (
     trained,
 )
 
-from distill_kernels import TeacherCache, distillation_loss, write_teacher_cache
+from distill_kernels import TeacherCache, distillation_loss, divergences, preset, write_teacher_cache
 from distill_kernels.api.trainer import check_parallelism
 from distill_kernels.api.trainer_loss import METRICS
 
@@ -107,7 +107,8 @@ def test_a_cache_of_few_log_probabilities_is_a_bucket(tmp_path):
         ({"temperature": -1.0}, ValueError, "temperature must be a finite number above 0"),
         ({"divergence": "unheard_of"}, ValueError, "unheard_of"),
         ({"student_softcap": 3.0}, TypeError, "student_softcap is read from the models"),
-        ({"reduction": "sum"}, TypeError, "reduction is set by the Trainer"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'mean' in a Trainer, got 'sum'"),
+        ({"ignore_index": 0}, ValueError, "ignore_index must be -100 in a Trainer, got 0"),
         ({"teacher_model": None}, TypeError, "teacher_model and teacher_cache are missing"),
         ({"teacher_model": "student"}, ValueError, "shares parameters that are trained with the student"),
         ({"teacher_model": make_teacher(vocab_size=103)}, ValueError, "the student's LM head has 101 rows but the teacher's has 103"),
@@ -127,6 +128,13 @@ def test_bad_options_are_refused_before_training(tmp_path, options, error, messa
         options = {**options, "teacher_model": student}
     with pytest.raises(error, match=message):
         distillation_trainer(tmp_path, student, **options)
+
+
+def test_presets_are_options(tmp_path):
+    by_name = trained(distillation_trainer(tmp_path, **preset("gkd", beta=0.1)))
+    by_hand = trained(distillation_trainer(tmp_path, divergence=divergences.jensen_shannon(beta=0.1), temperature_squared=False))
+    assert_same_run(by_name, by_hand, rtol=0)
+    distillation_trainer(tmp_path, **preset("liger"))
 
 
 def test_vocabularies_may_be_truncated_if_asked_for(tmp_path):

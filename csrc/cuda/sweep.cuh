@@ -2,9 +2,10 @@
 // entries of, and their merge. sweep_mma.cu and sweep_wgmma.cu bring the products.
 //
 // A block owns kSweepRows tokens and a split of the vocabulary. For each kSweepEntries of the split it multiplies the student's hidden
-// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the entries
-// that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in the order
-// of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give the same bits.
+// states with the tile's rows of its head, then the teacher's, both tiles of logits staying in registers; then each thread takes the
+// entries that it holds of a token into sums of its own, which lie in shared memory in between. At the end a token's sums are merged, in
+// the order of the threads, and written; sweep.cu merges those of all splits, in an order that their number fixes. The same inputs give
+// the same bits.
 //
 // Flops of a pass 2 · N · V · (D_s + D_t), N and V rounded up to whole tiles and D to whole stages of the ring. Bytes of hidden states and
 // heads that it asks for, E of an element:
@@ -202,7 +203,7 @@ DK_DEVICE void take_tile(
     const Takes& takes, typename Parts::Logits& student, typename Parts::Logits& teacher, const OwnSums<Parts, typename Takes::Kept>& own,
     const Place& place, int at, int thread) {
   const Loss& loss = takes.sweep.loss;
-  // The code of a few entries of one row, again and again: that of all of them takes ten times as long to compile, and their copies more
+  // The code of a few entries of one row, again and again: that of all of them takes five times as long to compile, and their copies more
   // registers than there are. Registers have no index, so what is taken is selected.
 #pragma unroll 1
   for (int turn = 0; turn < Parts::kRowsOfThread * Parts::kGroupsOfRow; ++turn) {
