@@ -94,7 +94,7 @@ def _finish(settings: Settings, made: training_inputs.Inputs, seconds: float) ->
             training_checkpoints.save_model(folder, made.student, made.tokenizer)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     writers = {
-        PLOT: lambda path: training_report.plot(path, {TITLE: curve}, {TITLE: losses}),
+        PLOT: lambda path: training_report.plot(path, {"student": curve}, {"student": losses}),
         REPORT: lambda path: path.write_text(text, encoding="utf-8"),
     }
     output_folder.write_files(settings.output, writers)

@@ -1,4 +1,4 @@
-"""docs/command-line.md, docs/loops.md and docs/on-policy.md: their blocks run, their commands parse, their files are there."""
+"""Pages on the command line, loops, on-policy and sequence distillation: blocks run, commands parse, files are there."""
 
 import re
 import shlex
@@ -8,10 +8,10 @@ from document_blocks import ROOT, run_python_blocks
 
 from distill_kernels.api import command_line
 
-PAGES = ("docs/command-line.md", "docs/loops.md", "docs/on-policy.md")
+PAGES = ("docs/command-line.md", "docs/loops.md", "docs/on-policy.md", "docs/sequence-distillation.md")
 
 
-@pytest.mark.parametrize("page, at_least", [("docs/loops.md", 3), ("docs/on-policy.md", 5)])
+@pytest.mark.parametrize("page, at_least", [("docs/loops.md", 3), ("docs/on-policy.md", 5), ("docs/sequence-distillation.md", 3)])
 def test_python_blocks_run(page, at_least):
     pytest.importorskip("transformers")
     namespace = run_python_blocks(page, at_least=at_least)
