@@ -246,7 +246,7 @@ BAD_TENSORS = [
 
 # Found by the choice of a backend, or by its planner, so a backend may be looked up but must not have begun.
 BAD_BACKENDS = [
-    ("backend_unknown", put(backend="tpu"), ValueError, r"^backend must be 'auto' or one of 'native', 'triton', 'torch', 'cuda', got 'tpu'"),
+    ("backend_unknown", put(backend="tpu"), ValueError, r"^backend must be 'auto' or one of 'native', 'triton', 'torch', 'cuda', got 'tpu"),
     ("backend_empty", put(backend=""), ValueError, r"^backend must be 'auto' or one of .*, got ''$"),
     ("native_float64", lambda call: {k: v.detach().double() if k in MATRICES else v for k, v in call.items()} | {"backend": "native"},
      NotImplementedError, r"^backend 'native' cannot run this: .*float64"),
