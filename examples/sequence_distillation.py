@@ -35,8 +35,10 @@ def as_prompt(tokenizer, question: str) -> str:
 
 
 @torch.no_grad()
-def answer(teacher: nn.Module, tokenizer, questions: list[str], batch_size: int, longest: int) -> list[dict[str, str]]:
-    """The teacher's answers of at most `longest` tokens, sampled, to each question."""
+def answer(teacher: nn.Module, tokenizer, questions: list[str], batch_size: int, longest: int) -> list[dict[str, str | bool]]:
+    """The teacher's answers of at most `longest` tokens, sampled, to each question, and whether it came to an end."""
+    ends = teacher.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], dtype=torch.int64)
     written = []
     for start in training.progress(range(0, len(questions), batch_size), "teacher writes"):
         some = questions[start : start + batch_size]
@@ -44,18 +46,23 @@ def answer(teacher: nn.Module, tokenizer, questions: list[str], batch_size: int,
         batch = padded([(ids, len(ids)) for ids in prompts], on_the_left=True)
         inputs = {name: batch[name].to(teacher.device) for name in ("input_ids", "attention_mask")}
         ids = teacher.generate(**inputs, max_new_tokens=longest, do_sample=True, temperature=0.7, pad_token_id=0)
-        answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        written += [{"question": question, "answer": text.strip()} for question, text in zip(some, answers, strict=True)]
+        replies = ids[:, inputs["input_ids"].shape[1] :].cpu()
+        answers = tokenizer.batch_decode(replies, skip_special_tokens=True)
+        finished = torch.isin(replies, ends).any(1).tolist()
+        written += [
+            {"question": question, "answer": text.strip(), "finished": end}
+            for question, text, end in zip(some, answers, finished, strict=True)
+        ]
     return written
 
 
-def encoded(tokenizer, pairs: list[dict[str, str]]) -> list[tuple[list[int], int]]:
-    """(token ids of prompt, answer and end, length of the prompt), of those that were answered at all."""
+def encoded(tokenizer, pairs: list[dict[str, str | bool]]) -> list[tuple[list[int], int]]:
+    """(token ids of prompt, answer and, unless it was cut off, end; length of the prompt), of those that were answered at all."""
     rows = []
     for pair in pairs:
         prompt = tokenizer(as_prompt(tokenizer, pair["question"]), add_special_tokens=False)["input_ids"]
         reply = tokenizer(pair["answer"], add_special_tokens=False)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        end = [tokenizer.eos_token_id] if pair.get("finished", True) and tokenizer.eos_token_id is not None else []
         if reply:
             rows.append((prompt + reply + end, len(prompt)))
     return rows

@@ -71,6 +71,21 @@ def test_only_answers_are_learned_and_padding_is_not(example):
     assert quality["divergence"] == pytest.approx(0, abs=1e-6) and quality["top1_agreement"] == 1
 
 
+def test_only_an_answer_that_came_to_its_end_teaches_to_end(example, folder):
+    from distill_kernels.api import initial_models
+
+    model, tokenizer = initial_models.load("--teacher", folder / "teacher")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    first, second = WORDS[:2]
+    pairs = [{"question": first, "answer": second, **more} for more in ({"finished": True}, {"finished": False}, {})]
+    ids = [example.encoded(tokenizer, [pair])[0] for pair in pairs]
+    assert [(row[-1] == tokenizer.eos_token_id, prompt) for row, prompt in ids] == [(True, 1), (False, 1), (True, 1)]
+    # Every id ends, or none does: what the teacher is asked for is what decides.
+    for ends, finished in ((list(range(300)), True), (None, False)):
+        model.generation_config.eos_token_id = ends
+        assert [pair["finished"] for pair in example.answer(model, tokenizer, WORDS[:3], 2, 4)] == [finished] * 3
+
+
 def test_padding_on_the_left_continues_every_prompt_as_if_it_were_alone(example, folder):
     from distill_kernels.api import initial_models
 
