@@ -71,7 +71,7 @@ struct Kept {
 // times width plus its place among the token's own.
 struct Listed {
   int64_t count;
-  const int64_t* entries;  // (count) ascending
+  const int64_t* entries;  // (count) ascending; negative: none
   const int64_t* places;   // (count)
   int64_t width;
   float* logits;           // (tokens, width) written at `places`

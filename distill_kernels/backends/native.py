@@ -154,9 +154,7 @@ def run_listed(problem: Problem, tensors: Tensors, ids: torch.Tensor, loss) -> c
     def kernel(chunk: chunked.Chunk):
         kernels = call.of(chunk, (_by_rows(chunk.student_hidden), *head, logits), None, None)
         own = ids[chunk.tokens]
-        entries, places = own.reshape(-1).sort(stable=True)
-        first = int((entries < 0).sum())  # no entries
-        entries, places = entries[first:], places[first:]
+        entries, places = own.reshape(-1).sort(stable=True)  # negative ones, which are none, before all that a block looks for
         made, others = own.new_empty(own.shape, dtype=torch.float32), own.new_empty(len(own), 3, dtype=torch.float32)
         lists = len(entries), entries.data_ptr(), places.data_ptr(), own.shape[1], made.data_ptr(), others.data_ptr()
         kernels.run(_native.Stage.listed, listed=(*lists, 0, 0))
