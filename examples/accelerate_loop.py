@@ -29,8 +29,7 @@ class StudentWithLoss(nn.Module):
         return distillation_loss(**learned.as_student(), **taught.as_teacher(), labels=labels, num_items=num_items, **self.loss_options)
 
 
-def main():
-    accelerator = Accelerator()
+def train(accelerator):
     student, teacher = stand_ins.models()
     model = StudentWithLoss(student, temperature=2.0, ce_weight=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=stand_ins.LEARNING_RATE)
@@ -57,6 +56,13 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         accelerator.print(f"step {step + 1} loss {accelerator.reduce(total, reduction='sum').item():.6f}")
+
+
+def main():
+    accelerator = Accelerator()
+    train(accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()  # DDP has to go before its process group: with gloo the process may hang otherwise
     accelerator.end_training()
 
 
