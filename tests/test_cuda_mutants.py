@@ -77,6 +77,7 @@ MUTANTS = {
     "places of maxima lost": Mutant(
         "statistics.cuh", "other.maximum > into.maximum || (other.maximum == into.maximum && other.top < into.top)", "true"
     ),
+    "of equal maxima the one that was taken first": Mutant("statistics.cuh", "(high > before || entry(i) < softmax.top)", "high > before"),
     "tail of the student and not of the teacher": Mutant(
         "statistics.cuh", "p < loss.tail_probability ? q", "q < loss.tail_probability ? q"
     ),

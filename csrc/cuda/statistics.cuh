@@ -82,10 +82,11 @@ DK_DEVICE void take_extremes(Softmax& softmax, const float (&z)[N], Entry entry,
     high = fmaxf(high, z[i]);
     low = fminf(low, z[i]);
   }
-  if (top && high > before) {
+  if (top && high >= before) {  // equal: entries do not come in the order of their places
 #pragma unroll
     for (int i = N - 1; i >= 0; --i)
-      if (z[i] == high && (!Masked || unsigned(entry(i)) < unsigned(vocabulary))) softmax.top = entry(i);
+      if (z[i] == high && (high > before || entry(i) < softmax.top) && (!Masked || unsigned(entry(i)) < unsigned(vocabulary)))
+        softmax.top = entry(i);
   }
   softmax.maximum = high;
   softmax.minimum = low;

@@ -64,6 +64,7 @@ struct Case {
   float inverse_temperature;
   dk::Element dz;
   decltype(&dk::cuda::launch_rows<dk::cuda::forward_kl>) launch;
+  bool tied = false;  // two entries of the student's are the largest, of which the teacher's largest is the first; no bias
 };
 
 void rows(const Case& c, const std::vector<unsigned>& seeds) {
@@ -74,6 +75,12 @@ void rows(const Case& c, const std::vector<unsigned>& seeds) {
   const Array<uint16_t> narrow(logits);
   const Array<int64_t> labels(c.tokens);
   *scale.get() = 0.5f;
+  if (c.tied) {
+    for (int n = 0; n < c.tokens; ++n) {
+      float* const of_student = student.get() + size_t(n) * c.vocabulary;
+      of_student[15] = of_student[c.vocabulary - 2] = teacher.get()[size_t(n) * c.vocabulary + 15] = 30.0f;
+    }
+  }
   for (int n = 0; n < c.tokens; ++n) {
     labels.get()[n] = n % 3 == 1 ? -1 : generator() % c.vocabulary;
     for (int i = 0; i < dk::kTerms; ++i) coefficients.get()[n * dk::kTerms + i] = n % 4 == 2 ? 0.0f : 0.1f * float(i + 1);
@@ -81,7 +88,7 @@ void rows(const Case& c, const std::vector<unsigned>& seeds) {
   dk::cuda::Loss loss{};
   loss.tokens = c.tokens;
   loss.vocabulary = c.vocabulary;
-  loss.student = {c.everything ? bias.get() : nullptr, 1.0f, c.everything ? 20.0f : 0.0f};
+  loss.student = {c.everything && !c.tied ? bias.get() : nullptr, 1.0f, c.everything ? 20.0f : 0.0f};
   loss.teacher = {nullptr, 1.0f, 0.0f};
   loss.labels = c.everything ? labels.get() : nullptr;
   loss.coefficients = coefficients.get();
@@ -159,6 +166,8 @@ int main(int count, char** arguments) try {
       {5, 66, 8, 32, true, true, false, -1e4f, 3.0f, 2.0f, Element::kFloat16, kForward},  // threads without an entry, and cold
       {6, 3, 1, 32, true, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward},
       {5, 130, 2, 32, true, false, true, -1e4f, 3.0f, 0.5f, Element::kFloat16, kNone},
+      // The second token's last entries but two are of no whole vector, and of the thread that has entry 15, which takes them first.
+      {2, 301, 1, 64, true, true, true, -1e4f, 3.0f, 0.5f, Element::kFloat32, kForward, true},
   };
   for (const Case& c : cases)
     rows(c, seeds);
