@@ -208,6 +208,22 @@ def test_stats_match_reference(divergence, options):
         assert_as_good_as_eager(name, got[valid], eager[name][valid], value[valid], slack=2)
 
 
+@pytest.mark.parametrize("tied", ["student", "teacher"])
+def test_agreement_is_of_the_first_of_equal_maxima(tied):
+    """Rows that begin at every place within a vector: what comes before the whole ones and after them is taken before them."""
+    tokens, vocabulary = 32, 301
+    logits = torch.randint(0, 3, (tokens, vocabulary), generator=torch.Generator().manual_seed(0)).float()
+    # Of entry 15's thread also entry 299, where a row begins three entries before a whole vector.
+    logits[1::4] = 0.0
+    logits[1::4, [15, 299]] = 2.0
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    alone = torch.nn.functional.one_hot(first, vocabulary).float()
+    student, teacher = (logits, alone) if tied == "student" else (alone, logits)
+    matrices = (x.to(DEVICE) for x in (torch.eye(tokens), student.T.contiguous(), torch.eye(tokens), teacher.T.contiguous()))
+    _, stats = distillation_loss_and_stats(*matrices, backend="cuda")
+    assert stats.top1_agreement.cpu().tolist() == [1.0] * tokens
+
+
 @DTYPES
 def test_token_logprobs_match_reference(dtype):
     inputs = make_inputs("moderate", dtype=dtype, bias=True)
@@ -393,6 +409,17 @@ SIMPLE = Problem(
 def test_reason_why_not_is_given_in_words(change, reason):
     assert backend.why_not(SIMPLE) is None
     assert reason in backend.why_not(dataclasses.replace(SIMPLE, **change))
+
+
+def test_driver_is_not_started_where_torch_finds_a_gpu(kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "why_no_device", lambda: pytest.fail("it was asked"))
+    assert "runs on GPU tensors, these are on meta" in backend.why_not(dataclasses.replace(SIMPLE, device=torch.device("meta")))
+
+
+def test_more_parameters_than_a_divergence_has_are_refused(kernels):
+    with pytest.raises(ValueError, match="at most 2 parameters, these are 3"):
+        kernels.rows({}, {}, 0, [1.0, 2.0, 3.0], device=0, stream=0)
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")

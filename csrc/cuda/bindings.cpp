@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -61,6 +64,18 @@ dk::cuda::Loss loss(const py::dict& from) {
 
 dk::Element element(const py::handle& from) { return static_cast<dk::Element>(from.cast<int>()); }
 
+using Parameters = std::array<float, dk::kMaxParameters>;
+
+Parameters parameters_of(const std::vector<float>& given) {
+  Parameters parameters{};
+  if (given.size() > parameters.size()) {
+    throw std::invalid_argument("a divergence has at most " + std::to_string(parameters.size()) + " parameters, these are " +
+                                std::to_string(given.size()));
+  }
+  std::copy(given.begin(), given.end(), parameters.begin());
+  return parameters;
+}
+
 using LaunchRows = void (*)(const dk::cuda::Loss&, const dk::cuda::Rows&, const dk::cuda::RowLaunch&, const float*, void*);
 #define DK_LAUNCH_ROWS(name) &dk::cuda::launch_rows<dk::cuda::name>,
 constexpr LaunchRows kLaunchRows[] = {DK_FOR_EACH_DIVERGENCE(DK_LAUNCH_ROWS)};
@@ -68,15 +83,14 @@ constexpr LaunchRows kLaunchRows[] = {DK_FOR_EACH_DIVERGENCE(DK_LAUNCH_ROWS)};
 
 // `divergence`: its place in `divergences`; negative: none.
 void rows(const py::dict& of_loss, const py::dict& of_rows, int divergence, const std::vector<float>& given, int device, uintptr_t stream) {
-  float parameters[dk::kMaxParameters] = {};
-  for (size_t i = 0; i < given.size() && i < dk::kMaxParameters; ++i) parameters[i] = given[i];
+  const Parameters parameters = parameters_of(given);
   const dk::cuda::Rows rows{pointer<const float>(of_rows["student_logits"]), pointer<const float>(of_rows["teacher_logits"]),
                             pointer<void>(of_rows["dz"]),                    element(of_rows["dz_element"]),
                             pointer<const float>(of_rows["dz_scale"]),       of_rows["held_vectors"].cast<int>()};
   const dk::cuda::RowLaunch as{of_rows["cluster"].cast<unsigned>(), of_rows["threads"].cast<unsigned>()};
   dk::cuda::use_device(device);
   const auto launch = divergence < 0 ? &dk::cuda::launch_rows<dk::cuda::no_divergence> : kLaunchRows[divergence];
-  launch(loss(of_loss), rows, as, parameters, reinterpret_cast<void*>(stream));
+  launch(loss(of_loss), rows, as, parameters.data(), reinterpret_cast<void*>(stream));
 }
 
 dk::cuda::Multiplied multiplied(const py::dict& from) {
@@ -87,8 +101,7 @@ dk::cuda::Multiplied multiplied(const py::dict& from) {
 }
 
 void sweep(const py::dict& of_loss, const py::dict& of_sweep, int divergence, const std::vector<float>& given, int device, uintptr_t stream) {
-  float parameters[dk::kMaxParameters] = {};
-  for (size_t i = 0; i < given.size() && i < dk::kMaxParameters; ++i) parameters[i] = given[i];
+  const Parameters parameters = parameters_of(given);
   dk::cuda::Sweep sweep{};
   sweep.loss = loss(of_loss);
   sweep.student = multiplied(of_sweep["student"]);
@@ -96,7 +109,7 @@ void sweep(const py::dict& of_loss, const py::dict& of_sweep, int divergence, co
   sweep.splits = of_sweep["splits"].cast<int>();
   sweep.split_entries = of_sweep["split_entries"].cast<int>();
   dk::cuda::use_device(device);
-  dk::cuda::sweep(sweep, pointer<void>(of_sweep["workspace"]), divergence, parameters,
+  dk::cuda::sweep(sweep, pointer<void>(of_sweep["workspace"]), divergence, parameters.data(),
                   static_cast<dk::cuda::Instructions>(of_sweep["instructions"].cast<int>()), of_sweep["cluster"].cast<int>(),
                   reinterpret_cast<void*>(stream));
 }
@@ -142,6 +155,10 @@ PYBIND11_MODULE(DK_MODULE, m) {
   m.def("rows", &rows, py::arg("loss"), py::arg("rows"), py::arg("divergence"), py::arg("parameters"), py::arg("device"), py::arg("stream"));
   m.def("sweep", &sweep, py::arg("loss"), py::arg("sweep"), py::arg("divergence"), py::arg("parameters"), py::arg("device"), py::arg("stream"));
   m.def("sweep_token_bytes", &dk::cuda::sweep_token_bytes, py::arg("splits"));
+  m.def(
+      "sweep_shared_bytes",
+      [](int instructions, bool totals) { return dk::cuda::sweep_shared_bytes(static_cast<dk::cuda::Instructions>(instructions), totals); },
+      py::arg("instructions"), py::arg("totals"));
   m.attr("sweep_rows") = dk::cuda::kSweepRows;
   m.attr("sweep_entries") = dk::cuda::kSweepEntries;
   m.def("gather_columns", &gather_columns, py::arg("dz"), py::arg("dz_element"), py::arg("tokens"), py::arg("vocabulary"), py::arg("columns"),

@@ -5,7 +5,7 @@
 
 namespace distill_kernels::cuda {
 
-// out (tokens, kept) ← dz (tokens, vocabulary)[:, columns] · weights · factor. Reads and writes of different elements.
+// out (tokens, kept) ← dz (tokens, vocabulary)[:, columns] · weights / divisor. Reads and writes of different elements.
 struct GatherColumns {
   const void* dz;
   Element dz_element;

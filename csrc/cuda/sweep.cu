@@ -93,6 +93,10 @@ void sweep_if_one_pass(const char* name, const float* parameters, const Argument
 
 int64_t sweep_token_bytes(int splits) { return splits * int64_t(sizeof(SweptStatistics) + sizeof(SweptTotals)) + int64_t(sizeof(Merged)); }
 
+int64_t sweep_shared_bytes(Instructions instructions, bool totals) {
+  return int64_t(instructions == Instructions::kMma ? mma_shared_bytes(totals) : wgmma_shared_bytes(totals));
+}
+
 void sweep(Sweep sweep, void* workspace, int divergence, const float* parameters, Instructions instructions, int cluster, void* stream) {
   const int64_t partial = sweep.loss.tokens * sweep.splits;
   sweep.statistics = static_cast<SweptStatistics*>(workspace);

@@ -177,8 +177,9 @@ struct Place {
 
 DK_DEVICE Place place_of_block(const Sweep& sweep) {
   const int blocks = gridDim.x / sweep.splits;  // of tokens; neighbours share a split, and what the caches hold of the heads
-  const int split = blockIdx.x / blocks, begin = min(split * sweep.split_entries, sweep.loss.vocabulary);
-  return {int64_t(blockIdx.x % blocks) * kSweepRows, split, begin, min(begin + sweep.split_entries, sweep.loss.vocabulary)};
+  const int split = blockIdx.x / blocks;
+  const int begin = int(min(int64_t(split) * sweep.split_entries, int64_t(sweep.loss.vocabulary)));
+  return {int64_t(blockIdx.x % blocks) * kSweepRows, split, begin, begin + min(sweep.split_entries, sweep.loss.vocabulary - begin)};
 }
 
 // Whether the pass has work among `rows` tokens. By a whole warp.

@@ -37,6 +37,9 @@ struct Sweep {
 // Bytes of a token's workspace.
 int64_t sweep_token_bytes(int splits);
 
+// Of a block's shared memory: of the pass for statistics, or of that for totals.
+int64_t sweep_shared_bytes(Instructions instructions, bool totals);
+
 // Terms of every token. Sweep's workspace is `workspace`, tokens · sweep_token_bytes(splits) bytes, aligned to 16; its pointers to it need
 // not be set. `divergence` is an index in DK_FOR_EACH_DIVERGENCE, of one that can be renormalised, or negative: none.
 // `cluster` blocks of neighbouring tokens share what they read of the heads: 1, or with kWgmma also 2 or 4.

@@ -21,4 +21,8 @@ void launch_mma(const Sweep& sweep, const Divergence& divergence, void* stream);
 template <template <class> class Takes, class Divergence>
 void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, void* stream);
 
+// Bytes of a block's shared memory in either pass: of totals, or of statistics.
+size_t mma_shared_bytes(bool totals);
+size_t wgmma_shared_bytes(bool totals);
+
 }  // namespace distill_kernels::cuda

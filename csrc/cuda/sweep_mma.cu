@@ -133,12 +133,15 @@ __global__ void __launch_bounds__(MmaParts::kThreads, 1) sweep_mma(const __grid_
 
 }  // namespace
 
+size_t mma_shared_bytes(bool totals) {
+  return kStages * kStageBytes + (totals ? OwnSums<MmaParts, SweptTotals>::kBytes : OwnSums<MmaParts, SweptStatistics>::kBytes);
+}
+
 template <template <class> class Takes, class Divergence>
 void launch_mma(const Sweep& sweep, const Divergence& divergence, void* stream) {
   const int64_t blocks = (sweep.loss.tokens + kSweepRows - 1) / kSweepRows;
-  const size_t bytes = kStages * kStageBytes + OwnSums<MmaParts, typename Takes<Divergence>::Kept>::kBytes;
   const dim3 grid(unsigned(blocks * sweep.splits));
-  launch(sweep_mma<Takes, Divergence>, grid, 1, dim3(MmaParts::kThreads), bytes, stream, sweep, divergence);
+  launch(sweep_mma<Takes, Divergence>, grid, 1, dim3(MmaParts::kThreads), mma_shared_bytes(!Takes<Divergence>::kAll), stream, sweep, divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                          \

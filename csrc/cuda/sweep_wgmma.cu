@@ -158,6 +158,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+size_t wgmma_shared_bytes(bool totals) {
+  return kStages * (kStageBytes + 2 * sizeof(Barrier)) +
+         (totals ? OwnSums<WgmmaParts, SweptTotals>::kBytes : OwnSums<WgmmaParts, SweptStatistics>::kBytes);
+}
+
 template <template <class> class Takes, class Divergence>
 void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster, void* stream) {
   const auto maps = [&](const Multiplied& model) {
@@ -168,10 +173,9 @@ void launch_wgmma(const Sweep& sweep, const Divergence& divergence, int cluster,
     return both;
   };
   const int64_t blocks = (sweep.loss.tokens + kSweepRows * cluster - 1) / (kSweepRows * cluster) * cluster;
-  const size_t bytes = kStages * (kStageBytes + 2 * sizeof(Barrier)) + OwnSums<WgmmaParts, typename Takes<Divergence>::Kept>::kBytes;
   const dim3 grid(unsigned(blocks * sweep.splits));
-  launch(sweep_wgmma<Takes, Divergence>, grid, cluster, dim3(kThreads), bytes, stream, sweep, maps(sweep.student), maps(sweep.teacher),
-         divergence);
+  launch(sweep_wgmma<Takes, Divergence>, grid, cluster, dim3(kThreads), wgmma_shared_bytes(!Takes<Divergence>::kAll), stream, sweep,
+         maps(sweep.student), maps(sweep.teacher), divergence);
 }
 
 #define DK_LAUNCHES(DIVERGENCE)                                                                                 \

@@ -47,7 +47,8 @@ def why_not(problem: Problem) -> str | None:
 
 def _why_not_there(device: torch.device) -> str | None:
     if device.type != "cuda":
-        missing = extension.kernels.why_no_device()
+        # To ask CUDA starts its driver, with which a process can no longer fork.
+        missing = None if torch.cuda.is_available() else extension.kernels.why_no_device()
         return f"it runs on GPU tensors, these are on {device}" + (f", and CUDA finds no GPU here: {missing}" if missing else "")
     if torch.version.hip is not None:
         return "it runs on NVIDIA's GPUs, and this torch is made for AMD's"

@@ -52,11 +52,17 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def index_of(device: torch.device) -> int:
+    """Of a device that may be named without one; an emulation's is 0."""
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def place(device: torch.device) -> dict:
     """Where a kernel is launched: of tensors on CPU, in an emulation."""
-    if device.type == "cpu":
-        return {"device": 0, "stream": 0}
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return {"device": index_of(device), "stream": stream}
 
 
 class Launcher:
@@ -88,7 +94,7 @@ class Launcher:
         divergence = problem.divergence
         self.divergence = -1 if divergence is None else extension.kernels.divergences.index(divergence.name)
         self.parameters = list(divergence.parameters) if divergence is not None else []
-        self.limits = limits(place(self.device)["device"])
+        self.limits = limits(index_of(self.device))
 
     def loss_of(self, chunk: chunked.Chunk) -> dict:
         return self.loss | {

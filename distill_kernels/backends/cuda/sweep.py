@@ -61,7 +61,7 @@ def workspace_bytes(problem: Problem) -> tuple[int, int]:
     """Bytes of partial sums, at most: (for each token, and beside them)."""
     of_one = extension.kernels.sweep_token_bytes(1)
     of_split = extension.kernels.sweep_token_bytes(2) - of_one
-    return of_one, of_split * extension.kernels.sweep_rows * _most_blocks(launch.limits(place(problem.device)["device"]))
+    return of_one, of_split * extension.kernels.sweep_rows * _most_blocks(launch.limits(launch.index_of(problem.device)))
 
 
 class Sweeper(Launcher):
