@@ -7,6 +7,7 @@ No GPU is needed, and nothing here says how fast a kernel is. It reads with NVID
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -19,6 +20,7 @@ from benchmarks import record
 
 NAME = "cuda_compile"
 KEY = ("target", "kernel")
+SWEEPS = ("sweep_mma", "sweep_wgmma")  # in the order of sweep.h: enum class Instructions
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 REGISTERS_APART = 24  # that a check tolerates; another release of the assembler shifts a few
 # What is counted in machine code.
@@ -77,16 +79,16 @@ def _identifiers(mangled: str) -> list[str]:
 
 
 def resources(binary: Path) -> dict[tuple[str, str], dict]:
-    """Registers, stack and static shared memory by (target, mangled name)."""
+    """Registers, bytes of stack and of static shared memory by (target, mangled name). The stack is where spilled registers lie."""
     found, target, name = {}, None, None
     for line in _said("--dump-resource-usage", binary).splitlines():
         if match := re.match(r"arch = (\w+)", line):
             target = match[1]
         elif match := re.match(r" Function (\w+):", line):
             name = match[1]
-        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, match.groups())
-            found[target, name] = {"registers": registers, "stack": stack, "shared": shared, "spilled": local}
+        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, stack, shared = map(int, match.groups())
+            found[target, name] = {"registers": registers, "stack": stack, "shared": shared}
     return found
 
 
@@ -95,12 +97,32 @@ def instructions(binary: Path, target: str, mangled: str) -> dict:
     return {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
 
 
+@functools.cache
+def _loaded(binary: Path):
+    spec = importlib.util.spec_from_file_location("distill_kernels._cuda", binary)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def launched_with(binary: Path, kernel: str) -> int:
+    """Bytes of shared memory that a launch gives a block beside the static ones; to the row kernel at least, more where it holds logits."""
+    kernels = _loaded(binary)
+    name, takes, *_ = [*kernel.split(), ""]
+    if name in SWEEPS:
+        return kernels.sweep_shared_bytes(SWEEPS.index(name), takes == "TakesTotals")
+    return kernels.board_bytes if name == "row_kernel" else 0
+
+
 def table(binary: Path, wanted: str = "") -> list[dict]:
     """A row for each kernel whose short name matches `wanted`, and each target."""
     kernels = {key: row for key, row in resources(binary).items() if re.search(wanted, short(key[1]))}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         counted = pool.map(lambda key: instructions(binary, *key), kernels)
-    rows = [{"target": t, "kernel": short(name)} | row | n for ((t, name), row), n in zip(kernels.items(), counted, strict=True)]
+    rows = [
+        {"target": target, "kernel": short(name)} | row | {"dynamic_shared": launched_with(binary, short(name))} | n
+        for ((target, name), row), n in zip(kernels.items(), counted, strict=True)
+    ]
     return sorted(rows, key=lambda row: (row["kernel"], row["target"]))
 
 
@@ -117,8 +139,8 @@ PROMISED = [
 def faults(row: dict) -> list[str]:
     """What is wrong with a row, in words."""
     found = []
-    if row["spilled"] or row["local"]:
-        found.append(f"spills: {row['spilled']} bytes of local memory, {row['local']} instructions on it")
+    if row["stack"] or row["local"]:
+        found.append(f"spills: {row['stack']} bytes of stack, {row['local']} instructions on local memory")
     for kernel, target, names in PROMISED:
         if re.search(kernel, row["kernel"]) and re.search(target, row["target"]):
             found += [f"has no {name} ({INSTRUCTIONS[name]})" for name in names if not row[name]]
@@ -130,6 +152,8 @@ def differences(row: dict, committed: dict) -> list[str]:
     found = [f"{name} were {committed[name]}, are {row[name]}" for name in INSTRUCTIONS if bool(row[name]) != bool(int(committed[name]))]
     if abs(row["registers"] - int(committed["registers"])) > REGISTERS_APART:
         found.append(f"registers were {committed['registers']}, are {row['registers']}")
+    if row["dynamic_shared"] != int(committed["dynamic_shared"]):
+        found.append(f"bytes of dynamic shared memory were {committed['dynamic_shared']}, are {row['dynamic_shared']}")
     return found
 
 

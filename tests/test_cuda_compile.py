@@ -11,11 +11,11 @@ from benchmarks import cuda_compile, record
 BINARY = cuda_compile.extension()
 built = pytest.mark.skipif(BINARY is None, reason="the CUDA extension was not built: there was no nvcc")
 readable = pytest.mark.skipif(cuda_compile.cuobjdump() is None, reason="there is no cuobjdump, which Triton brings along")
-NUMBERS = ("registers", "stack", "shared", "spilled", *cuda_compile.INSTRUCTIONS)
+NUMBERS = ("registers", "stack", "shared", "dynamic_shared", *cuda_compile.INSTRUCTIONS)
 # Whose machine code is taken apart in every run: a few seconds of the minute that all of it takes.
 FEW = r"^row_kernel (forward_kl|alpha_beta)|^(gather|scatter)_"
 GOOD = {
-    "target": "sm_90a", "kernel": "row_kernel forward_kl", "registers": 96, "stack": 0, "shared": 0, "spilled": 0,
+    "target": "sm_90a", "kernel": "row_kernel forward_kl", "registers": 96, "stack": 0, "shared": 0, "dynamic_shared": 1456,
     **dict.fromkeys(cuda_compile.INSTRUCTIONS, 0), "loads_128": 4, "stores_128": 2, "shared_128": 3, "cluster_barriers": 4,
 }  # fmt: skip
 
@@ -31,7 +31,7 @@ def test_kernels_of_the_binary_are_those_of_the_committed_table_and_do_not_spill
     table = known()
     assert set(found) == set(table)
     for key, row in found.items():
-        assert row["spilled"] == 0, key
+        assert row["stack"] == 0, key
         assert abs(row["registers"] - table[key]["registers"]) <= cuda_compile.REGISTERS_APART, key
 
 
@@ -71,8 +71,8 @@ def test_committed_table_has_every_kernel_on_every_target_and_no_fault():
     "change, words",
     [
         ({}, None),
-        ({"spilled": 8}, "8 bytes of local memory"),
-        ({"local": 2}, "2 instructions on it"),
+        ({"stack": 4136}, "4136 bytes of stack"),
+        ({"local": 2}, "2 instructions on local memory"),
         ({"loads_128": 0}, "has no loads_128"),
         ({"stores_128": 0}, "has no stores_128"),
         ({"cluster_barriers": 0}, "has no cluster_barriers"),
@@ -91,6 +91,8 @@ def test_what_differs_from_the_committed_table_is_told():
     assert cuda_compile.complaints([GOOD], {key: committed}) == []
     (words,) = cuda_compile.complaints([GOOD | {"registers": 130}], {key: committed})
     assert words == "sm_90a, row_kernel forward_kl: registers were 96, are 130"
+    (words,) = cuda_compile.complaints([GOOD | {"dynamic_shared": 94208}], {key: committed})
+    assert "shared memory were 1456, are 94208" in words
     assert "mma were 0, are 3" in cuda_compile.complaints([GOOD | {"mma": 3}], {key: committed})[0]
     assert "not in the committed table" in cuda_compile.complaints([GOOD | {"kernel": "another_kernel"}], {key: committed})[0]
 
