@@ -1,7 +1,8 @@
 """Builds the CPU extension, and the CUDA one where there is nvcc, beside the Python packages; everything declarative is in pyproject.toml.
 
 Without a C++ compiler the installation still works, on the torch backend: the failure is reported in a sentence, not raised. Set
-DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised (continuous integration does), and DISTILL_KERNELS_CUDA=0 to leave out CUDA.
+DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised. DISTILL_KERNELS_CUDA=0 leaves out CUDA, DISTILL_KERNELS_CUDA=required has it raised if
+there is no nvcc or it fails. Continuous integration sets both.
 """
 
 import os
@@ -45,12 +46,15 @@ cuda = Extension(
     extra_link_args=["-shared", "-cudart=static", *(f"-gencode={chip}" for chip in CHIPS)],
     depends=headers("cuda", "generated"),
 )
-candidates = [str(Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin", "nvcc")), "nvcc", "/usr/local/cuda/bin/nvcc"]
-NVCC = next(filter(None, map(shutil.which, candidates)), None) if os.environ.get("DISTILL_KERNELS_CUDA") != "0" else None
+CUDA, CUDA_HOME = os.environ.get("DISTILL_KERNELS_CUDA"), os.environ.get("CUDA_HOME")
+candidates = [*([f"{CUDA_HOME}/bin/nvcc"] if CUDA_HOME else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
+NVCC = next(filter(None, map(shutil.which, candidates)), None) if CUDA != "0" else None
+if NVCC is None and CUDA == "required":
+    raise SystemExit(f"distill_kernels: the CUDA kernels are required, and there is no nvcc ({', '.join(candidates)})")
 MISSING = {
     native.name: "CPU kernels could not be built ({}).\nThe installation goes on and will run on the torch backend. For the native one, "
     "install a C++17 compiler\n(for example: apt-get install g++) and install distill_kernels again.",
-    cuda.name: "CUDA kernels could not be built ({}).\nThe installation goes on, without the cuda backend.",
+    cuda.name: "CUDA kernels could not be built ({}).\nThe installation goes on, without the cuda backend, which takes nvcc 12.8 or later.",
 }
 
 
@@ -61,7 +65,7 @@ class BuildExtensions(build_ext):
         try:
             self.build_cuda() if extension is cuda else super().build_extension(extension)
         except (CCompilerError, ExecError, PlatformError) as error:
-            if os.environ.get("DISTILL_KERNELS_REQUIRE_NATIVE"):
+            if os.environ.get("DISTILL_KERNELS_REQUIRE_NATIVE") or (extension is cuda and CUDA == "required"):
                 raise
             print(f"\ndistill_kernels: the compiled {MISSING[extension.name].format(error)}\n", file=sys.stderr)
             extension.optional = True  # so that nothing looks for the library that was not made

@@ -196,6 +196,20 @@ def test_installation_whose_cuda_kernels_cannot_be_compiled_says_so_and_goes_on(
     assert "Traceback" not in output and not list(target.rglob("_cuda*.so")) and (target / "distill_kernels").is_dir()
 
 
+def test_build_whose_cuda_kernels_cannot_be_compiled_fails_where_they_are_required(tree, tmp_path):
+    environment = with_nvcc(tmp_path, 1) | {"DISTILL_KERNELS_CUDA": "required"}
+    output = pip("wheel", ".", "--wheel-dir", tmp_path / "out", cwd=tree, succeeds=False, **environment)
+    assert not list(tmp_path.glob("out/*.whl")) and str(tmp_path / "toolkit") in output
+
+
+def test_build_without_nvcc_fails_where_the_cuda_kernels_are_required(tree):
+    program = "import runpy, shutil, sys; shutil.which = lambda name: None; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')"
+    options = {"cwd": tree, "CUDA_HOME": "/nowhere"}
+    output = run("-c", program, succeeds=False, DISTILL_KERNELS_CUDA="required", **options)
+    assert "the CUDA kernels are required, and there is no nvcc (/nowhere/bin/nvcc, nvcc, /usr/local/cuda/bin/nvcc)" in output
+    run("-c", program, DISTILL_KERNELS_CUDA="1", **options)
+
+
 def test_installation_without_nvcc_has_no_cuda_kernels(tree, tmp_path):
     output = pip("install", ".", "-v", "--target", tmp_path / "installed", cwd=tree, **NO_COMPILER)
     assert "CUDA" not in output and not list((tmp_path / "installed").rglob("_cuda*"))

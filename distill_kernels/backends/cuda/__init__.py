@@ -31,7 +31,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.vocabulary > MOST_VOCABULARY:
         return f"its vocabularies have at most {MOST_VOCABULARY} entries"
     if kernels is None:
-        return f"its compiled extension is missing ({extension.MISSING}); install CUDA's nvcc, and distill_kernels again"
+        return f"its compiled extension is missing ({extension.MISSING}); install CUDA's nvcc, 12.8 or later, and distill_kernels again"
     if not (kernels.emulated and problem.device.type == "cpu"):
         reason = _why_not_there(problem.device)
         if reason is not None:
