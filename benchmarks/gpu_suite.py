@@ -124,11 +124,12 @@ def peaks(dry: bool) -> dict:
 
 
 def rows(dry: bool) -> dict:
-    """GB/s of the row kernels on a chunk of bfloat16 models: logits read twice, 16 bytes, and dz written, 2. A kernel that holds rows reads
-    them once, which counts as twice here: what it saves is its gain."""
+    """GB/s of the row kernels on a chunk of bfloat16 models: both logits of an entry read twice, 16 bytes, or once where the kernel holds
+    the row, and dz written, 2."""
     from distill_kernels import chunked
     from distill_kernels.autograd import Tensors
     from distill_kernels.backends.cuda.launch import Launcher as CudaLauncher
+    from distill_kernels.backends.cuda.launch import row_shape
     from distill_kernels.backends.triton.launch import Launcher as TritonLauncher
     from distill_kernels.divergences import resolve
     from distill_kernels.problem import Problem
@@ -160,7 +161,9 @@ def rows(dry: bool) -> dict:
             step()
         for name, samples in interleaved(steps, 1.0 * len(steps)).items():
             median = statistics.median(samples)
-            found[f"{name} {tokens}x{vocabulary}"] = {"seconds": median, "gbps": tokens * vocabulary * 18 / median / 1e9}
+            held = name == "cuda" and row_shape(tokens, vocabulary, 2, made[name].limits).held_vectors > 0
+            moved = tokens * vocabulary * (8 * (1 if held else 2) + 2)
+            found[f"{name} {tokens}x{vocabulary}"] = {"seconds": median, "bytes": moved, "gbps": moved / median / 1e9}
     return found
 
 

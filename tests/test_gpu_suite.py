@@ -233,4 +233,17 @@ def test_rows_of_both_backends_are_timed_side_by_side_where_cuda_can_run(monkeyp
     found = gpu_suite.rows(dry=True)
     launch.limits.cache_clear()
     assert set(found) == {"triton 4x300", "cuda 4x300"} and all(row["gbps"] > 0 for row in found.values())
-    assert gpu_case.variants()["ours, cuda"].flops(FEW, True) == FEW.product_flops
+    # Each logit of both models twice, or once by a kernel whose shared memory has room for 300; dz of two bytes.
+    assert [found[f"{name} 4x300"]["bytes"] for name in ("triton", "cuda")] == [4 * 300 * 18, 4 * 300 * 10]
+    variants = gpu_case.variants()
+    assert variants["ours, cuda"].flops(FEW, True) == FEW.product_flops
+    assert variants["ours, cuda, 8% of columns"].flops(FEW, True) == variants["ours, 8% of columns"].flops(FEW, True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_cuda_is_timed_without_gradients_too_where_it_can_run(there, monkeypatch):
+    rows = []
+    found = {"ours, cuda": gpu_case.Variant(cases.eager)} if there else {}
+    run_case(monkeypatch, found, lambda made: rows.__setitem__(slice(None), made))
+    timed = {row["variant"] for row in rows if row["direction"] == "forward" and row["milliseconds"] > 0}
+    assert timed == {"products", "ours", "eager", *found}
