@@ -147,4 +147,3 @@ def test_mistake_is_found(mutant, tmp_path):
     with pytest.raises((Refused, AssertionError)) as found:
         check(mutant.case, *mutant.way, tmp_path, sanitizer=mutant.sanitizer, csrc=csrc)
     assert not mutant.said or (found.type is Refused and mutant.said in str(found.value)), str(found.value)[:1000]
-    print(found.type.__name__, str(found.value)[:200])
