@@ -1,8 +1,8 @@
 """Memory and communication of the loss on clusters, by `plan`: python -m benchmarks.capacity writes results/capacity.csv and prints it.
 
-Of each rank, one step of TOKENS tokens in bfloat16, both gradients, exact; ranks of one node (up to 8) share a vocabulary, nodes have other
-tokens. Times are what the parts would take alone at the rates below, which are published peaks or, for products, a share of them that large
-ones reach: nothing here was measured.
+Of each rank, one step of TOKENS tokens in bfloat16, both gradients, exact, as the torch backend would; ranks of one node (up to 8) share a
+vocabulary, nodes have other tokens. Times are what the parts would take alone at the rates below: published peaks or, for products, a share
+of them that large ones reach. Nothing here was measured.
 """
 
 import torch
@@ -23,6 +23,7 @@ TEACHERS = {
 STUDENT_DIM = 2048
 VOCABULARY_RANKS = (1, 2, 4, 8)
 ACCELERATORS = (8, 64, 1024)
+NODE = 8
 GIB = 2**30
 PRODUCTS = 700e12  # flops a second of large bfloat16 products on an H100, whose peak is 989e12
 NVLINK = 450e9  # bytes a second in one direction
@@ -31,7 +32,8 @@ NETWORK = 50e9  # 400 Gb/s
 
 def row(teacher: str, ranks: int) -> dict:
     vocabulary, teacher_dim = TEACHERS[teacher]
-    plan = distill_kernels.plan(TOKENS, vocabulary, STUDENT_DIM, teacher_dim, dtype=torch.bfloat16, device="cuda", ranks=ranks)
+    sizes = TOKENS, vocabulary, STUDENT_DIM, teacher_dim
+    plan = distill_kernels.plan(*sizes, dtype=torch.bfloat16, device="cuda", backend="torch", ranks=ranks)
     own = -(-vocabulary // ranks)
     gradient = own * STUDENT_DIM * 2
     result = {
@@ -49,8 +51,9 @@ def row(teacher: str, ranks: int) -> dict:
     }
     for accelerators in ACCELERATORS:
         replicas = accelerators // ranks
-        # By the wrapper, over the network: each replica's gradient of the head, in a ring.
-        result[f"head_gradient_of_{accelerators}_ms"] = 1e3 * 2 * (replicas - 1) / replicas * gradient / NETWORK
+        # By the wrapper: each replica's gradient of the head, in a ring; inside of a node by NVLink.
+        rate = NVLINK if accelerators <= NODE else NETWORK
+        result[f"head_gradient_of_{accelerators}_ms"] = 1e3 * 2 * (replicas - 1) / replicas * gradient / rate
     return result
 
 

@@ -100,10 +100,11 @@ def _compute(
     deferred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _problem(**locals())
-    problem = join(problem, tensors)
+    chosen = backends.choose(problem, backend)
+    problem = join(problem, tensors, backends.name_of(chosen))
     check_labels("labels", labels, problem.whole_vocabulary)
     with without_autocast(problem.device):
-        outputs = backends.choose(problem, backend).run(problem, tensors)
+        outputs = chosen.run(problem, tensors)
     total = (coefficients * outputs.terms).sum(-1)
     return total if keeps_dz else total.sum(), *outputs
 

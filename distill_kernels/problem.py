@@ -244,16 +244,16 @@ def autocast_dtype(tensor):
 def check_head(prefix, hidden, weight, bias):
     """Hidden states, head and bias of one model fit together. `prefix` of their names: "student_", "teacher_" or none."""
     check_matrix(f"{prefix}hidden", hidden)
+    if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
+        raise ValueError(
+            f"{prefix}weight is a parameter of shape {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} "
+            "here; call the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
+        )
     check_matrix(f"{prefix}weight", weight, 2)
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{prefix}hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {prefix}weight has "
             f"{weight.shape[1]} columns (shape {tuple(weight.shape)}); wanted hidden (..., D) and weight (V, D)"
-        )
-    if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
-        raise ValueError(
-            f"{prefix}weight is a parameter of shape {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} "
-            "here; call the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")

@@ -16,6 +16,7 @@ import torch
 from distill_kernels.columns import FRACTIONS, TRIAL_FRACTION, draw, kept_columns, philox, spread
 from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products
+from distill_kernels.shards import Shards
 
 
 def sampled_bytes(problem: Problem, library: bool) -> tuple[int, int]:
@@ -40,6 +41,9 @@ def _panel_columns(dim, dtype, compute_dtype) -> int:
     return max(1, ROWS_BYTES // (dim * (dtype.itemsize + compute_dtype.itemsize)))
 
 
+MOST_CHUNKS = 2**24  # of a call, for the numbers of a rank not to be another's
+
+
 class Sampler:
     """Draws the columns that each chunk's gradients go over.
 
@@ -53,7 +57,10 @@ class Sampler:
         self.space = None
         if self.kept:
             device = tensors.student_hidden.device
-            self.uniforms = philox(tensors.seed, torch.arange(plan.chunks, device=device))
+            shards = Shards.of(problem)
+            # Another rank draws by other numbers, so that the errors of alike shards do not add up.
+            rank = 0 if shards is None else shards.rank
+            self.uniforms = philox(tensors.seed, torch.arange(plan.chunks, device=device) + rank * MOST_CHUNKS)
             if not problem.keeps_dz:
                 self.space = torch.empty(plan.chunk_tokens * self.kept, dtype=problem.compute_dtype, device=device)
 

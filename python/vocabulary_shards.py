@@ -30,9 +30,9 @@ def localised(arguments: dict[str, Any], process_group, sequence_parallel: bool)
         if _is_dtensor(local.get(name)):
             local[name], of_head = _rows(name, local[name])
             if of_head is not None and group not in (None, of_head):
-                raise ValueError(f"{name} is a DTensor whose rows are divided over another group than process_group")
+                raise ValueError(f"{name} is a DTensor whose rows are divided over another group than the other heads, or process_group")
             group = of_head or group
-    tokens_divided = {name: _tokens_divided(name, local[name]) for name in OF_TOKENS if _is_dtensor(local.get(name))}
+    tokens_divided = {name: _tokens_divided(name, local[name], group) for name in OF_TOKENS if _is_dtensor(local.get(name))}
     if any(tokens_divided.values()) and not all(tokens_divided.values()):
         divided, whole = (", ".join(name for name, value in tokens_divided.items() if value is wanted) for wanted in (True, False))
         raise ValueError(f"the tokens of {divided} are divided over ranks and those of {whole} are not; wanted all alike")
@@ -84,15 +84,30 @@ def _rows(name: str, tensor) -> "tuple[Tensor, distributed.ProcessGroup | None]"
             f"{name} is a DTensor with placements {tensor.placements}, wanted Shard(0), rows of the vocabulary, in one dimension of the "
             "mesh and Replicate() in all others"
         )
+    _refuse_replicated_gradient(name, tensor, sharded)
     return tensor.to_local(), tensor.device_mesh.get_group(sharded[0]) if sharded else None
 
 
-def _tokens_divided(name: str, tensor) -> bool:
+def _tokens_divided(name: str, tensor, group) -> bool:
+    """Whether over the ranks that share the vocabulary; over others each has its own, as in data parallelism."""
     last = tensor.dim() - 1 if name in HIDDEN else tensor.dim()
-    for placement in tensor.placements:
-        if not placement.is_replicate() and not any(placement.is_shard(dim) for dim in range(last)):
-            raise ValueError(f"{name} is a DTensor with placements {tensor.placements}, wanted Replicate(), or Shard of its tokens")
-    return any(placement.is_shard() for placement in tensor.placements)
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if any(not any(tensor.placements[dim].is_shard(of) for of in range(last)) for dim in sharded):
+        raise ValueError(f"{name} is a DTensor with placements {tensor.placements}, wanted Replicate(), or Shard of its tokens")
+    shared = [dim for dim in range(tensor.device_mesh.ndim) if group is not None and tensor.device_mesh.get_group(dim) == group]
+    _refuse_replicated_gradient(name, tensor, [*sharded, *shared])
+    return any(dim in shared for dim in sharded) or (bool(sharded) and group is None)
+
+
+def _refuse_replicated_gradient(name: str, tensor, divided):
+    """A gradient would say that it is alike on ranks where each has that of its own tokens."""
+    alike = [dim for dim in range(tensor.device_mesh.ndim) if dim not in divided and tensor.device_mesh.size(dim) > 1]
+    if alike and tensor.requires_grad and tensor.device_mesh.ndim > 1:
+        raise ValueError(
+            f"{name} is a DTensor that is replicated over dimension {alike[0]} of its mesh, whose ranks each make a gradient of their own: "
+            "pass its local tensor and a process_group, and average gradients over the other dimension, or call the loss in a module "
+            "that fully_shard wraps over it"
+        )
 
 
 def all_tokens(arguments: dict[str, Any], group: str) -> dict[str, Any]:
@@ -103,9 +118,14 @@ def all_tokens(arguments: dict[str, Any], group: str) -> dict[str, Any]:
     """
     shards = Shards.in_group(group)
     hidden = arguments["student_hidden"]
-    counts = waited_for(shards.gather(torch.tensor([hidden.shape[:-1].numel()], device=hidden.device))).flatten().tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(f"the ranks of the process group have {counts} tokens; wanted as many on each")
+    given = [-1 if arguments.get(name) is None else arguments[name].numel() * arguments[name].element_size() for name in OF_TOKENS]
+    said = waited_for(shards.gather(torch.tensor([hidden.shape[:-1].numel(), *given], device=hidden.device))).T.tolist()
+    if len(set(said[0])) > 1:
+        raise ValueError(f"the ranks of the process group have {said[0]} tokens; wanted as many on each")
+    for name, sizes in zip(OF_TOKENS, said[1:], strict=True):
+        if len(set(sizes)) > 1:
+            ranks = [rank for rank, size in enumerate(sizes) if size != sizes[0]]
+            raise ValueError(f"process group: rank {' and '.join(map(str, ranks))} called with another {name}, or none, than rank 0")
     gathered = dict(arguments)
     for name in OF_TOKENS:
         tensor = arguments.get(name)

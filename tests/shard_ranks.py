@@ -168,7 +168,8 @@ def stats_match_eager(backend):
     tokens = TOKENS if backend == "torch" else 13
     inputs, labels = inputs_of(tokens=tokens), make_labels(tokens, VOCABULARY)
     # By turns the models' most probable entries are one; two of two ranks; one, of the last rank; two of one rank.
-    places = torch.tensor([[5, 5], [0, rows_of(1).start], [VOCABULARY - 1, VOCABULARY - 1], [5, 6]])
+    elsewhere = rows_of(1).start if distributed.get_world_size() > 1 else 100
+    places = torch.tensor([[5, 5], [0, elsewhere], [VOCABULARY - 1, VOCABULARY - 1], [5, 6]])
     for model in range(2):
         hidden, weight = inputs[2 * model], inputs[2 * model + 1]
         hidden[:, :4], weight[:, :4] = 0, 0
@@ -339,6 +340,22 @@ def two_dimensions_are_data_and_vocabulary():
     torch.testing.assert_close(loss, want["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden.grad, want["d_student_hidden"][tokens], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(weight.grad, want["d_student_weight"][own], rtol=1e-4, atol=1e-7)
+    whole = make_inputs("moderate", 12, VOCABULARY, STUDENT_DIM, TEACHER_DIM)
+    by_data = [
+        distribute_tensor(tensor, mesh, [Shard(0), Replicate()]).to_local()
+        for tensor in (whole.student_hidden, whole.teacher_hidden, labels)
+    ]
+    as_dtensors = [DTensor.from_local(tensor, mesh, [Shard(0), Replicate()], run_check=False) for tensor in by_data]
+    heads = [distribute_tensor(weight, mesh, [Replicate(), Shard(0)]) for weight in (whole.student_weight, whole.teacher_weight)]
+    hidden = as_dtensors[0].requires_grad_()
+    loss = distillation_loss(hidden, heads[0], as_dtensors[1], heads[1], as_dtensors[2], ce_weight=0.4, reduction="sum")
+    loss.backward()
+    total = loss.detach()
+    distributed.all_reduce(total, group=data)
+    torch.testing.assert_close(total, want["loss"] * items, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.to_local(), want["d_student_hidden"][tokens] * items, rtol=1e-4, atol=1e-6)
+    refused("is a DTensor that is replicated over dimension 0 of its mesh, whose ranks each make a gradient", lambda: distillation_loss(
+        hidden, heads[0].detach().requires_grad_(), as_dtensors[1], heads[1]))  # fmt: skip
     refused("device mesh of 2 dimensions", lambda: distillation_loss(*inputs_of(bias=False)[:4], process_group=mesh))
 
 
@@ -385,20 +402,29 @@ def ranks_that_disagree_are_all_told():
     calls = {
         "rank 1 called with another temperature than rank 0": {"temperature": 2.0 if odd else 1.0},
         "rank 1 called with another divergence than rank 0": {"divergence": "reverse_kl" if odd else "forward_kl"},
-        "rank 1 called with another z_loss than rank 0": {"z_loss_weight": 0.1 if odd else 0.0},
+        "rank 1 called with another z_loss_weight than rank 0": {"z_loss_weight": 0.1 if odd else 0.0},
+        "rank 1 called with another token_weight, num_items or weight of a term than rank 0": {"num_items": 105 if odd else 100},
+        "rank 1 called with another mask than rank 0": {"token_weight": (torch.arange(TOKENS) != 20 + odd).float()},
+        "rank 1 called with another backend than rank 0": {"backend": "triton" if odd else "torch"},
         "rank 1 called with another workspace_mib than rank 0": {"workspace_mib": 8 if odd else 9},
-        "rank 1 called with another compact than rank 0": {"labels": make_labels(TOKENS, VOCABULARY) if odd else None},
+        "rank 1 called with another labels or token_weight, or none, than": {"labels": make_labels(TOKENS, VOCABULARY) if odd else None},
     }
     for message, options in calls.items():
         refused(message, lambda options=options: sharded()(*inputs[:4], **options))
     own = inputs._replace(student_hidden=inputs.student_hidden[: TOKENS - odd], teacher_hidden=inputs.teacher_hidden[: TOKENS - odd])
-    refused("rank 1 called with another tokens than rank 0", lambda: sharded()(*own[:4]))
+    refused("rank 1 called with another number of tokens than rank 0", lambda: sharded()(*own[:4]))
     other = inputs.student_hidden.flip(0) if odd else inputs.student_hidden
     refused("rank 1 called with another student_hidden than rank 0. Ranks that share", lambda: sharded()(other, *inputs[1:4]))
-    labels = make_labels(TOKENS, VOCABULARY, masked=0.0, seed=int(odd))
+    labels = make_labels(TOKENS, VOCABULARY, masked=0.0)
+    labels[20] += odd
     refused("rank 1 called with another labels than rank 0", lambda: sharded()(*inputs[:4], labels=labels, ce_weight=1.0))
     frozen = whole if odd else whole.clone().requires_grad_()
-    refused("rank 1 called with another d_weight than rank 0", lambda: sharded()(inputs.student_hidden, frozen, *inputs[2:4]))
+    refused("rank 1 called with another student_weight.requires_grad than", lambda: sharded()(inputs.student_hidden, frozen, *inputs[2:4]))
+    few = (torch.arange(TOKENS) % 3 == 0).float()
+    refused("rank 1 called with another student_hidden than rank 0. Ranks that share", lambda: sharded()(
+        other, *inputs[1:4], token_weight=few))  # fmt: skip
+    refused("rank 1 called with another labels, or none, than rank 0", lambda: sharded()(
+        *inputs[:4], labels=labels if odd else None, sequence_parallel=True))  # fmt: skip
     uneven = inputs._replace(student_hidden=inputs.student_hidden[: 5 + odd], teacher_hidden=inputs.teacher_hidden[: 5 + odd])
     refused(r"have \[5, 6.*\] tokens; wanted as many", lambda: sharded()(*uneven[:4], sequence_parallel=True))
     refused("labels must be at least 0 and below the vocabulary size 301", lambda: sharded()(

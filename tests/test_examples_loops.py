@@ -55,5 +55,9 @@ def test_accelerate_loop_on_two_processes_is_a_plain_loop(plain):
     assert run("accelerate", *ON_TWO, "accelerate_loop.py") == pytest.approx(plain, rel=1e-4)
 
 
-def test_fsdp2_loop_on_two_processes_is_a_plain_loop(plain):
-    assert run("torch", *ON_TWO, "fsdp2_loop.py") == pytest.approx(plain, rel=1e-4)
+def test_torchrun_fsdp2_on_two_processes_is_a_plain_loop(plain):
+    assert run("torch", *ON_TWO, "torchrun_fsdp2.py") == pytest.approx(plain, rel=1e-4)
+
+
+def test_divided_vocabulary_on_two_processes_is_a_plain_loop(plain):
+    assert run("torch", *ON_TWO, "torchrun_vocab_parallel.py") == pytest.approx(plain, rel=1e-4)

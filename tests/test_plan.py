@@ -305,6 +305,19 @@ def peaks():
     return dict(zip(CASES, ours, strict=True)) | {"eager": eager}
 
 
+def test_a_rank_of_a_divided_vocabulary_is_planned():
+    whole, of_four = (distill_kernels.plan(4096, 128256, 1024, 2048, backend="torch", ranks=ranks) for ranks in (1, 4))
+    assert whole.exchanged_bytes == 0
+    # To and from three others 14 numbers of each token, and its 1024 of d_hidden in a ring of four; 4 bytes each.
+    assert of_four.exchanged_bytes == 4096 * 4 * (3 * 14 + 2 * 3 * 1024 // 4)
+    assert of_four.gradient_bytes == 4 * 1024 * (4096 + 128256 // 4)
+    assert of_four.forward_flops == whole.forward_flops // 4 and of_four.workspace_bytes <= 192 * 2**20
+    with pytest.raises(NotImplementedError, match="not available for a vocabulary in shards"):
+        distill_kernels.plan(4096, 128256, 1024, 2048, ranks=4, column_fraction=0.08, sweep="int8")
+    with pytest.raises(ValueError, match="ranks must be an int of at least 1"):
+        distill_kernels.plan(4096, 128256, 1024, 2048, ranks=0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_measured_peak_is_within_the_plan(name, peaks):
     c = CASES[name]

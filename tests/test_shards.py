@@ -46,38 +46,39 @@ def test_ranks_that_share_a_vocabulary(ranks, name, results):
 
 
 DEAD = """
-import datetime, sys, torch, torch.distributed as distributed
+import datetime, os, sys, torch, torch.distributed as distributed
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
-import distill_kernels
+import distill_kernels, distill_kernels.shards
+torch.manual_seed(0)
 hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(30, 8)
 arguments = hidden, head, torch.randn(4, 8), torch.randn(30, 8)
-torch.manual_seed(0)
-if rank == 1:
-    import os
-    from distill_kernels import shards
-    if sys.argv[3] == "in the middle":  # after the ranks have compared what they were called with
-        shards.Shards.add_up = shards.Shards.gather = lambda *_: os._exit(9)
-        shards.join = lambda problem, _: problem
-    else:
+calls, gather = [], distill_kernels.shards.Shards.gather
+def counted(self, values):
+    calls.append(1)
+    if rank == 1 and len(calls) > int(sys.argv[3]):
         os._exit(9)
+    return gather(self, values)
+distill_kernels.shards.Shards.gather = counted
 try:
     distill_kernels.distillation_loss(*arguments, process_group=distributed.group.WORLD)
 except (RuntimeError, ValueError) as error:
-    print(type(error).__name__, error)
+    print(len(calls), type(error).__name__, error)
     sys.exit(3)
 """
 
 
-@pytest.mark.parametrize("moment", ["before", "in the middle"])
-def test_a_rank_that_dies_ends_in_an_error_on_the_others(moment, tmp_path):
+# After having compared what the ranks were called with, after the log-sum-exps, or before anything: after so many exchanges.
+@pytest.mark.parametrize("exchanges", [0, 1, 2])
+def test_a_rank_that_dies_ends_in_an_error_on_the_others(exchanges, tmp_path):
     begin = time.monotonic()
     processes = [
-        subprocess.Popen([sys.executable, "-c", DEAD, str(rank), str(tmp_path), moment], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", DEAD, str(rank), str(tmp_path), str(exchanges)], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert processes[1].returncode == 9
     assert processes[0].returncode == 3, outputs[0]
+    assert outputs[0].startswith(f"{exchanges + 1} "), "the other one failed elsewhere"
     assert time.monotonic() - begin < 100

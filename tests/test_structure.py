@@ -80,7 +80,7 @@ ALLOWED = {
     "shards": {"problem"},
     "columns": set(),
     "quantised": {"divergences", "problem"},
-    "sampling": {"columns", "problem", "products"},
+    "sampling": {"columns", "problem", "products", "shards"},
     "correction": {"divergences", "problem", "products", "quantised", "sampling"},
     "chunked": SHARED,
     "listed": {"divergences", "problem"},

@@ -1,6 +1,6 @@
 """Distillation with plain FSDP2: the loss in the forward of the sharded module, where the LM head is whole.
 
-    torchrun --standalone --nproc-per-node 2 examples/fsdp2_loop.py
+    torchrun --standalone --nproc-per-node 2 examples/torchrun_fsdp2.py
 """
 
 import stand_ins
