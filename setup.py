@@ -1,8 +1,7 @@
 """Builds the CPU extension, and the CUDA one where there is nvcc, beside the Python packages; everything declarative is in pyproject.toml.
 
 Without a C++ compiler the installation still works, on the torch backend: the failure is reported in a sentence, not raised. Set
-DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised. DISTILL_KERNELS_CUDA=0 leaves out CUDA, DISTILL_KERNELS_CUDA=required has it raised if
-there is no nvcc or it fails. Continuous integration sets both.
+DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised; DISTILL_KERNELS_CUDA=0 leaves out CUDA, and "required" has its lack raised.
 """
 
 import os
@@ -84,8 +83,7 @@ class BuildExtensions(build_ext):
             for source, made in zip(cuda.sources, objects, strict=True)
             if self.force or newer_group([source, *cuda.depends], made, "newer")
         ]
-        with ThreadPool(os.cpu_count()) as pool:
-            pool.map(self.spawn, compiles, chunksize=1)
+        ThreadPool(os.cpu_count()).map(self.spawn, compiles, chunksize=1)
         self.spawn([NVCC, *host, *cuda.extra_link_args, *objects, "-o", str(library)])
 
 
