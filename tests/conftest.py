@@ -24,6 +24,25 @@ def guarded():
 
 
 @pytest.fixture
+def kernels(request, monkeypatch):
+    """Those that the cuda backend calls; in emulation threads, blocks and late copies come in an order of the test's own."""
+    import cuda_emulated
+
+    from distill_kernels.backends.cuda import extension, launch
+
+    if cuda_emulated.ON_GPU:
+        yield extension.kernels
+        return
+    emulated = cuda_emulated.module()
+    emulated.schedule(sum(request.node.name.encode()))
+    monkeypatch.setattr(extension, "kernels", emulated)
+    forget = launch.limits.cache_clear  # a test may put limits of its own in the place of what has it
+    forget()
+    yield emulated
+    forget()
+
+
+@pytest.fixture
 def sampling_pays():
     """Columns are sampled for any number of tokens and any vocabulary: a few hundred columns are enough for a test."""
     from distill_kernels import columns

@@ -15,7 +15,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
+import torch
 
+from distill_kernels.backends.cuda import extension
+
+ON_GPU = torch.cuda.is_available() and extension.kernels is not None
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")  # of the backend's tests
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CACHE = ROOT / "build" / "cuda_emulation"
@@ -87,9 +92,7 @@ def built(name, sources, csrc, sanitizer, compiled, linked):
     read = [path for folder in (csrc, EMULATION) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     flags = (*SANITIZERS[sanitizer][0], *compiled, *linked)
     key = [f"{name} {sanitizer} {' '.join(flags)}".encode(), *(path.read_bytes() for path in [*sources, *read] if "cpu" not in path.parts)]
-    return cached(
-        name, key, lambda out: run(CXX, *SANITIZERS[sanitizer][0], *linked, *objects(sources, sanitizer, compiled), "-o", out)
-    )
+    return cached(name, key, lambda out: run(CXX, *SANITIZERS[sanitizer][0], *linked, *objects(sources, sanitizer, compiled), "-o", out))
 
 
 def module(csrc=ROOT / "csrc"):
@@ -109,3 +112,19 @@ def program(main, kernels, sanitizer="", csrc=ROOT / "csrc"):
     require()
     sources = [Path(main), *(csrc / "cuda" / f"{kernel}.cu" for kernel in kernels)]
     return built(Path(main).stem, sources, csrc, sanitizer, (f"-I{csrc}",), ())
+
+
+def copy_of_sources(folder):
+    """csrc as far as the kernels are made of it, in `folder`."""
+    csrc = folder / "csrc"
+    for part in ("cuda", "generated"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+    for header in ("params.h", "divergence.h"):
+        shutil.copy(ROOT / "csrc" / header, csrc)
+    return csrc
+
+
+def replace(path, old, new, count=1):
+    source = path.read_text()
+    assert source.count(old) == count, f"{path.name} has {old!r} {source.count(old)} times, not {count}"
+    path.write_text(source.replace(old, new))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-import cuda_emulated
 import pytest
 import torch
 from accuracy import (
@@ -20,14 +19,14 @@ from accuracy import (
     relative,
     with_gradients,
 )
+from cuda_emulated import DEVICE, ON_GPU
 
 from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
 from distill_kernels.backends import cuda as backend
 from distill_kernels.backends.cuda import extension, launch
 from distill_kernels.problem import Problem
 
-ON_GPU = torch.cuda.is_available() and extension.kernels is not None
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS, VOCABULARY = 21, 300
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 TWO = pytest.mark.parametrize("divergence", ["forward_kl", divergences.jensen_shannon(0.3)], ids=str)
@@ -35,21 +34,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 # Gradients of logits are rounded to the 16-bit dtype of the inputs before their products, which eager does not do.
 SLACK_16 = 2
 REAL = extension.kernels
-
-
-@pytest.fixture(autouse=True)
-def kernels(request, monkeypatch):
-    """Those that the backend calls; in emulation threads, blocks and late copies come in an order of the test's own."""
-    if ON_GPU:
-        yield extension.kernels
-        return
-    emulated = cuda_emulated.module()
-    emulated.schedule(sum(request.node.name.encode()))
-    monkeypatch.setattr(extension, "kernels", emulated)
-    forget = launch.limits.cache_clear  # a test may put limits of its own in the place of what has it
-    forget()
-    yield emulated
-    forget()
 
 
 def with_limits(monkeypatch, **changed):

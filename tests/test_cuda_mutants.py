@@ -22,18 +22,11 @@ ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktr
 
 def copy_of_sources(folder, name=None, old="", new="", count=1):
     """A copy of csrc with the divergences of the driver alone, in one of whose files a text is replaced."""
-    csrc = folder / "csrc"
-    for part in ("cuda", "generated"):
-        shutil.copytree(cuda_emulated.ROOT / "csrc" / part, csrc / part)
-    for header in ("params.h", "divergence.h"):
-        shutil.copy(cuda_emulated.ROOT / "csrc" / header, csrc)
+    csrc = cuda_emulated.copy_of_sources(folder)
     instances = "".join(map(INSTANCE.format, ("forward_kl", "alpha_beta", "no_divergence")))
     (csrc / "cuda/rows_kl.cu").write_text(f'#include "rows.cuh"\nnamespace distill_kernels::cuda {{\n{instances}}}\n')
     if name is not None:
-        path = csrc / "cuda" / name
-        source = path.read_text()
-        assert source.count(old) == count, f"{name} has {old!r} {source.count(old)} times, not {count}"
-        path.write_text(source.replace(old, new))
+        cuda_emulated.replace(csrc / "cuda" / name, old, new, count)
     return csrc
 
 

@@ -2,35 +2,19 @@
 
 from types import SimpleNamespace
 
-import cuda_emulated
 import pytest
 import torch
 from accuracy import assert_as_good_as_eager, eager_loss, eager_with_gradients, everything, make_inputs, make_token_weight, moved
+from cuda_emulated import DEVICE, ON_GPU
 
 from distill_kernels import distillation_loss, divergences, plan, reference, token_logprobs
-from distill_kernels.backends.cuda import extension, launch, sweep
+from distill_kernels.backends.cuda import launch, sweep
 from distill_kernels.backends.cuda.launch import Limits
 
-ON_GPU = torch.cuda.is_available() and extension.kernels is not None
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS, VOCABULARY = 140, 300
 H100 = Limits(90, 132, 227 * 1024, 8, 512)
 A100 = Limits(80, 108, 163 * 1024, 1, 512)
-
-
-@pytest.fixture(autouse=True)
-def kernels(request, monkeypatch):
-    """Those that the backend calls; in emulation threads, blocks and late copies come in an order of the test's own."""
-    if ON_GPU:
-        yield extension.kernels
-        return
-    emulated = cuda_emulated.module()
-    emulated.schedule(sum(request.node.name.encode()))
-    monkeypatch.setattr(extension, "kernels", emulated)
-    forget = launch.limits.cache_clear  # a test may put limits of its own in the place of what has it
-    forget()
-    yield emulated
-    forget()
 
 
 def of_capability(capability, monkeypatch):

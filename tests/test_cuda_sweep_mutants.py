@@ -4,7 +4,6 @@ Found means: the emulation or a sanitizer refuses the run, two schedules differ 
 of `accuracy` allows.
 """
 
-import shutil
 from typing import NamedTuple
 
 import cuda_emulated
@@ -23,22 +22,12 @@ BLOCKS = make_case(tokens=140, terms=("divergence",))
 
 def copy_of_sources(folder, name=None, old="", new="", count=1):
     """A copy of csrc with one divergence, in one of whose files a text is replaced."""
-    csrc = folder / "csrc"
-    for part in ("cuda", "generated"):
-        shutil.copytree(cuda_emulated.ROOT / "csrc" / part, csrc / part)
-    for header in ("params.h", "divergence.h"):
-        shutil.copy(cuda_emulated.ROOT / "csrc" / header, csrc)
-    replace(csrc / "cuda/sweep_launch.h", " X(reverse_kl) X(student_entropy)", "")
+    csrc = cuda_emulated.copy_of_sources(folder)
+    cuda_emulated.replace(csrc / "cuda/sweep_launch.h", " X(reverse_kl) X(student_entropy)", "")
     (csrc / "generated/divergence_list.h").write_text("#define DK_FOR_EACH_DIVERGENCE(X) X(forward_kl)\n")
     if name is not None:
-        replace(csrc / "cuda" / name, old, new, count)
+        cuda_emulated.replace(csrc / "cuda" / name, old, new, count)
     return csrc
-
-
-def replace(path, old, new, count=1):
-    source = path.read_text()
-    assert source.count(old) == count, f"{path.name} has {old!r} {source.count(old)} times, not {count}"
-    path.write_text(source.replace(old, new))
 
 
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
