@@ -7,6 +7,7 @@ a case is left in FOLDER, and the other ranks go on with the next one.
 import contextlib
 import datetime
 import json
+import os
 import re
 import sys
 import traceback
@@ -542,7 +543,10 @@ def main(folder: Path, own: int, ranks: int):
         (folder / f"rank{own}.json").write_text(json.dumps(results))
         failed = torch.tensor([float(results[name] != "")])
         distributed.all_reduce(failed)  # so that the ranks begin the next case together
-    distributed.destroy_process_group()
+    distributed.barrier()
+    # Results are written; gloo's threads, taken down with the interpreter after wrappers have used several groups, may abort it.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import check_loss, make_inputs
 
-from distill_kernels import products
+from distill_kernels import chunk_products, products
 from distill_kernels.backends import triton as backend
 from distill_kernels.plan import make_plan
 from distill_kernels.problem import Problem
@@ -35,7 +35,7 @@ def added(monkeypatch, adds):
     monkeypatch.setattr(torch, "addmm", wide_addmm)
     monkeypatch.setattr(products, "ADDS_WIDE", adds)
     monkeypatch.setattr(products, "SUM_BYTES", 5000)  # 52 rows of 24 float32 features
-    for module in (products, backend):
+    for module in (products, chunk_products):
         monkeypatch.setattr(module, "multiplies_wide", lambda device: True)
     return calls
 

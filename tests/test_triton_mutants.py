@@ -227,14 +227,16 @@ MUTANTS = {
     ),
     "tail of the depth not masked": Mutant(swept, "sweep", "inside = k + depth < dim", "inside = depth < DEPTH"),
     # Places.
-    "splits of the rows overlap by one entry": Mutant(chunked_plain, "launch", "configuration.block)\n", "configuration.block) - 1\n"),
+    "splits of the rows overlap by one entry": Mutant(
+        chunked_plain, "launch", "self.divided // splits), configuration.block)\n", "self.divided // splits), configuration.block) - 1\n"
+    ),
     "splits of the sweep overlap by one entry": Mutant(swept_plain, "launch", "configuration.entries)\n", "configuration.entries) - 1\n"),
     "split and block of the sweep swapped": Mutant(swept, "sweep", "block, split = tl.program_id", "split, block = tl.program_id"),
     "every split writes the first one's sums": Mutant(chunked, "tiles", "* splits + split, value", "* splits, value"),
     "sums laid out with a wrong stride": Mutant(chunked_plain, "tiles", "* splits + split, value", "* (splits - 1) + split, value"),
     "every split writes the terms": Mutant(chunked, "rows", "if tl.program_id(1) == 0:", "if tl.program_id(1) >= 0:"),
     "totals in the memory of the statistics": Mutant(
-        chunked_three_passes, "launch", '"partial": partial, "totals": totals, "dz": dz', '"partial": partial, "totals": partial, "dz": dz'
+        chunked_three_passes, "launch", '"totals": self._new(TOTALS, tokens, values["splits"])', '"totals": values["partial"]'
     ),
     "gradient of the neighbouring tile": Mutant(
         chunked, "rows", "at_row = dz + rows.to(tl.int64)[:, None] * vocabulary + entries[None, :]",
@@ -344,7 +346,9 @@ MUTANTS = {
     "floor of the untempered softmax forgotten": Mutant(
         chunked_untempered_clamped, "tiles", "clamped = clamped | (min_q - max_q - log_sum_bare < FLOOR)", "clamped = clamped"
     ),
-    "gradient of a label below the floor": Mutant(chunked_untempered_clamped, "tiles", "(label < 0) | (bare < FLOOR)", "label < 0"),
+    "gradient of a label below the floor": Mutant(
+        chunked_untempered_clamped, "tiles", "(label < NO_LABEL) | (bare < FLOOR)", "label < NO_LABEL"
+    ),
     "gradient of entries below the floor": Mutant(chunked_clamped, "tiles", "slope = tl.where(bare_q < FLOOR, 0.0, slope)", "slope += 0.0"),
 }  # fmt: skip
 
