@@ -4,8 +4,8 @@
     python examples/sequence_distillation.py --kd-weight 0.5 --ce-weight 0.5
     python examples/sequence_distillation.py --teacher FOLDER --student FOLDER --questions FILE.jsonl --answers kept.jsonl
 
-With the default, cross entropy alone, the teacher is not needed any more once it has written (kd_weight=0, no teacher in memory): its
-vocabulary and tokenizer may be other ones then, for answers are kept as text. The mix adds the divergence from the teacher's distributions.
+With the default, cross entropy alone, the loss needs no teacher any more once it has written (kd_weight=0); here it stays, to be compared
+with before and after, and so wants the student's tokenizer. The mix adds the divergence from the teacher's distributions.
 """
 
 import argparse

@@ -33,9 +33,15 @@ def run(settings: Settings) -> dict[str, Any]:
     with _alone(settings.output):
         checkpoint = _where_to_begin(settings)
         if (settings.output / REPORT).exists():
+            report = json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
+            training_inputs.check_same_settings(report, settings, settings.output / REPORT)
             training_checkpoints.remove(settings.output)
             print(f"{settings.output} is finished: nothing was left to do")
-            return json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
+            return report
+        if checkpoint is None and (settings.output / STUDENT).exists():
+            raise UserError(
+                f"{settings.output / STUDENT} is of a run whose checkpoints and report are gone; delete it, or choose another --output"
+            )
         return _train(settings, checkpoint)
 
 

@@ -25,7 +25,8 @@ METRICS = {
 }
 _WITHOUT_A_TEACHER = ("ce", "student_entropy")
 _READ_FROM_THE_MODELS = ("student_logit_scale", "student_softcap", "teacher_logit_scale", "teacher_softcap")
-_SET_BY_THE_TRAINER = {"reduction": "mean", "ignore_index": IGNORED}
+# Ranks of a Trainer have rows of their own, and whole heads.
+_SET_BY_THE_TRAINER = {"reduction": "mean", "ignore_index": IGNORED, "process_group": None, "sequence_parallel": False}
 # Of sparse_distillation_loss: what belongs to a batch, and to the cache.
 _READ_FROM_THE_CACHE = ("teacher_temperature", "teacher_tail_mass")
 _OF_A_BATCH = ("student_bias", "token_weight", "num_items")

@@ -83,7 +83,8 @@ def load(settings: Settings, checkpoint: Path | None) -> Inputs:
             hashes[name] = initial_models.weight_hashes(getattr(settings, name))
     identity = {"settings": _plain(settings), "sha256": hashes}
     if checkpoint is not None:
-        _check_same(training_checkpoints.read_run(checkpoint), identity, checkpoint)
+        check_same_settings(training_checkpoints.read_run(checkpoint), settings, checkpoint)
+        _check_same_files(training_checkpoints.read_run(checkpoint), hashes, checkpoint)
     for name, parameter in student.named_parameters():
         if trained is not None:
             parameter.requires_grad_(name in trained)
@@ -169,13 +170,17 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return {entry.name: plain(getattr(settings, entry.name)) for entry in fields(settings) if entry.name not in FREE}
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
-    for name, value in now["settings"].items():
+def check_same_settings(before: Mapping[str, Any], settings: Any, where: Path) -> None:
+    """Raises UserError naming what differs, unless what is `where`, a checkpoint or a report, is of a run with these settings."""
+    for name, value in _plain(settings).items():
         begun = before["settings"].get(name)
         if begun != value:
             raise UserError(
-                f"{checkpoint} is of a run with {name} {begun}, and {name} is now {value}; pass what it began with, or another --output"
+                f"{where} is of a run with {name} {begun}, and {name} is now {value}; pass what it began with, or another --output"
             )
-    for name, value in now["sha256"].items():
+
+
+def _check_same_files(before: Mapping[str, Any], hashes: Mapping[str, str], checkpoint: Path) -> None:
+    for name, value in hashes.items():
         if before["sha256"].get(name) != value:
             raise UserError(f"{checkpoint} is of a run with another {name}: it has changed on the disk since")

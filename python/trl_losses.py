@@ -58,8 +58,13 @@ class _TRLMixin:
                 f"{mixin.__name__} knows trl 1.16, whose {self._trainer}.{self._replaced} takes {', '.join(self._parameters)}; "
                 f"that of the trl installed takes {', '.join(parameters)}"
             )
-        if "reduction" in self.loss_options:
-            raise ValueError(f"{kind.__name__}.loss_options got reduction, but the trainer needs a mean")
+        for name, reason in (
+            ("reduction", "the trainer needs a mean"),
+            ("process_group", "the trainer's ranks have rows of their own, and whole heads"),
+            ("sequence_parallel", "the trainer's ranks have whole rows"),
+        ):
+            if name in self.loss_options:
+                raise ValueError(f"{kind.__name__}.loss_options got {name}, but {reason}")
         DistillationLoss(**self.loss_options)  # names and values
 
     def _arguments(

@@ -176,9 +176,17 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(interrupted, undisturbed,
     # Once it is finished there is nothing to go on with, and nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert main(taught(here, output, "--resume")) == 0 and "is finished" in capsys.readouterr().out
+    assert main(taught(here, output, "--resume", "--temperature", 2)) == 2
+    assert "train.json is of a run with loss {}, and loss is now {'temperature': 2.0}" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != ".lock"} == {
         path: time for path, time in before.items() if path.name != ".lock"
     }
+
+
+def test_a_student_without_the_report_of_its_run_is_left_alone(here, tmp_path, capsys):
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    assert main(taught(here, tmp_path / "run", "--resume")) == 2
+    assert "student is of a run whose checkpoints and report are gone; delete it" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_the_same_inputs_alone(interrupted, here, tmp_path, capsys):

@@ -108,6 +108,7 @@ def test_a_cache_of_few_log_probabilities_is_a_bucket(tmp_path):
         ({"divergence": "unheard_of"}, ValueError, "unheard_of"),
         ({"student_softcap": 3.0}, TypeError, "student_softcap is read from the models"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'mean' in a Trainer, got 'sum'"),
+        ({"sequence_parallel": True}, ValueError, "sequence_parallel must be False in a Trainer, got True"),
         ({"ignore_index": 0}, ValueError, "ignore_index must be -100 in a Trainer, got 0"),
         ({"teacher_model": None}, TypeError, "teacher_model and teacher_cache are missing"),
         ({"teacher_model": "student"}, ValueError, "shares parameters that are trained with the student"),

@@ -261,6 +261,8 @@ def test_another_trl_is_told_by_its_method(monkeypatch, tmp_path):
         ({"temprature": 2.0}, TypeError, "no option temprature"),
         ({"column_fraction": 2.0}, ValueError, "column_fraction must be"),
         ({"reduction": "none"}, ValueError, "reduction"),
+        ({"process_group": None}, ValueError, "process_group, but the trainer's ranks have rows of their own"),
+        ({"sequence_parallel": True}, ValueError, "sequence_parallel, but the trainer's ranks have whole rows"),
     ],
 )
 def test_a_wrong_option_is_refused_before_training(options, error, words, tmp_path):
