@@ -12,6 +12,7 @@ With x sampled from the student, and p and q the next-token distributions of tea
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, next_token_labels, run_backbone, token_logprobs
 from distill_kernels.api import corpus, initial_models, training
+from distill_kernels.api.user_error import UserError
 
 HELD_OUT = 32  # prompts
 
@@ -126,4 +128,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,7 @@ with before and after, and so wants the student's tokenizer. The mix adds the di
 import argparse
 import builtins
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, next_token_labels, run_backbone
 from distill_kernels.api import corpus, initial_models, training
+from distill_kernels.api.user_error import UserError
 
 HELD_OUT_FRACTION = 0.2  # of the questions
 NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
@@ -170,4 +172,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -70,10 +70,10 @@ def check_tokenizers(teacher_tokenizer, student_tokenizer) -> None:
         )
 
 
-def check_length(model: nn.Module, sequence_length: int, name: str = "the teacher") -> None:
+def check_length(model: nn.Module, sequence_length: int, name: str = "the teacher", what: str = "--sequence-length") -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
-        raise UserError(f"--sequence-length {sequence_length} is longer than the {longest} tokens which {name} can read")
+        raise UserError(f"{what} {sequence_length} is longer than the {longest} tokens which {name} can read")
 
 
 def layers_to_keep(teacher: nn.Module) -> list[int]:

@@ -107,10 +107,11 @@ class DistillationTrainer(Trainer):
         elif self.teacher_cache is not None:
             teacher = self.teacher_cache.plan.vocabulary
         if teacher not in (None, student) and self.loss.options.get("vocab_mismatch", "error") == "error":
-            raise ValueError(
-                f"the student's LM head has {student} rows but the teacher's has {teacher}; if the first {min(student, teacher)} entries "
-                'mean the same tokens, pass vocab_mismatch="truncate" to compare those, renormalised'
-            )
+            how = "a list of the teacher's tokens can only be compared by a student that has them all"
+            if self.teacher_model is not None or self.teacher_cache.plan.kind == "hidden":
+                how = f"if the first {min(student, teacher)} entries mean the same tokens, "
+                how += 'pass vocab_mismatch="truncate" to compare those, renormalised'
+            raise ValueError(f"the student's LM head has {student} rows but the teacher's has {teacher}; {how}")
 
     def _set_signature_columns_if_needed(self):
         """Trainer drops columns that the student's forward does not take, unless they are named here: a cache's are of the teacher."""

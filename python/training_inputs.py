@@ -76,7 +76,7 @@ def load(settings: Settings, checkpoint: Path | None) -> Inputs:
                 initial_models.check_length(model, settings.sequence_length, name)
         text, held_out, order, read, text_hash = _from_text(settings, tokenizer, teacher, device, autocast)
     else:
-        text, held_out, order, read, text_hash = _from_cache(settings, tokenizer, device)
+        text, held_out, order, read, text_hash = _from_cache(settings, tokenizer, student, device)
     hashes = {"text": text_hash}
     for name in ("student", "teacher"):
         if getattr(settings, name) is not None:
@@ -134,7 +134,7 @@ def _from_text(settings, tokenizer, teacher, device, autocast):
     return text, held_out, order, read, hashlib.sha256(torch.cat(ids).numpy().tobytes()).hexdigest()
 
 
-def _from_cache(settings, tokenizer, device):
+def _from_cache(settings, tokenizer, student, device):
     """The cache's own rows, its last fifth held out."""
     cache = TeacherCache.open(settings.teacher_cache, tokenizer=tokenizer)
     if (cache.plan.kind == "top-k") != (settings.tail is not None):
@@ -145,12 +145,14 @@ def _from_cache(settings, tokenizer, device):
         raise UserError(f"--teacher-cache {cache.path} has {len(cache)} row, and a fifth is held out; write it from a longer text")
     generator = torch.Generator().manual_seed(settings.seed)
     order = corpus.epochs(first, settings.batch_size, settings.steps, generator)
+    lengths = cache.lengths()
+    initial_models.check_length(student, int(lengths.max()), "the student", "a row of --teacher-cache of length")
     mean = cache.plan.tokens / cache.plan.rows
     held_out = first + torch.randperm(len(cache) - first, generator=generator)[: max(1, int(settings.held_out_tokens / mean))]
     read = {
-        "split": f"{cache.path}: the first {first} rows to train on, of the last {len(cache) - first} {len(held_out)} held out",
-        "train_tokens": int(mean * first),
-        "held_out_tokens": int(mean * len(held_out)),
+        "split": f"{cache.path}: the first {first} rows to train on, {len(held_out)} of the last {len(cache) - first} held out",
+        "train_tokens": int(lengths[order.unique()].sum()),
+        "held_out_tokens": int(lengths[held_out].sum()),
     }
     texts = (training.CachedText(cache, numbers, device, settings.tail) for numbers in (torch.arange(first), held_out))
     plan = cache.plan

@@ -161,6 +161,10 @@ class TeacherCache:
             self._heads[device] = head
         return self._heads[device]
 
+    def lengths(self) -> Tensor:
+        """Tokens of every row, (rows,) int64."""
+        return torch.cat([torch.tensor(self._shards.of(shard).offsets).diff() for shard in range(len(self.plan.shard_rows))])
+
     def dataset(self) -> "CachedRows":
         """A torch Dataset of the rows in their order, for a DataLoader with collate_fn=cache.collate."""
         return CachedRows(self)
