@@ -33,7 +33,7 @@ SANITIZED = CFLAGS="-g -w $(2)" CXXFLAGS="-g -w $(2)" LDFLAGS="$(2)" DISTILL_KER
 
 # From the folder of the package, which "python -m" puts before the installed one. libstdc++: without it in the process from the start,
 # the sanitizer does not find what to call when torch throws. --capture=sys: pytest would keep to itself what a report says. There is no
-# torch where races are looked for: tests/race_driver.py says why.
+# torch where races are looked for: tests/backends/native/race_driver.py says why.
 sanitize: $(INSTALLED)
 	$(call SANITIZED,address,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 	cd build/sanitize-address/lib && LD_PRELOAD=$(call LIBRARY,asan):$(call LIBRARY,stdc++) ASAN_OPTIONS=detect_leaks=0 \
@@ -41,7 +41,7 @@ sanitize: $(INSTALLED)
 		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_fuzz.py
 	$(call SANITIZED,thread,-fsanitize=thread)
 	LD_PRELOAD=$(call LIBRARY,tsan) TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
-		$(BIN)/python tests/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so
+		$(BIN)/python tests/backends/native/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

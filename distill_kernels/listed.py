@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
+from distill_kernels.call.problem import Problem
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
-from distill_kernels.problem import Problem
 
 TAILS = ("bucket", "renormalise", "ignore")
 # Σ p of a row that is taken for rounding of its log-probabilities: bfloat16's of an entropy of 10 nats add up to 4 %. Unnormalised

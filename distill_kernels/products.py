@@ -6,7 +6,7 @@ matrices into float32 (CUDA) it is asked to; elsewhere a 16-bit head is widened 
 
 import torch
 
-from distill_kernels.problem import Problem
+from distill_kernels.call.problem import Problem
 
 PANEL_BYTES = 2 * 2**20  # of a 16-bit head, widened at a time: stays in a core's share of L3 between widening and product
 # Whether a float32 product of 16-bit matrices can be added to a float32 matrix: torch 2.8 and 2.9 want that to be of 16 bits as well.

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, next_token_labels, run_backbone, token_logprobs
-from distill_kernels.api import corpus, initial_models, training
+from distill_kernels.api.models import initial_models
+from distill_kernels.api.progress_bar import progress
+from distill_kernels.api.runs import corpus, loop
 from distill_kernels.api.user_error import UserError
 
 HELD_OUT = 32  # prompts
@@ -97,14 +99,14 @@ def main() -> None:
     steps = given.warm_up + given.steps
     windows, held_out, order = corpus.draw(documents, tokenizer, length, given.batch_size, steps, 0, HELD_OUT * length)
     if given.warm_up:
-        text = training.TaughtText(windows, model=teacher)
-        optimizer_and_schedule = training.optimizer_and_schedule(student, 1e-3, given.warm_up)
-        losses = list(training.train(student.train(), text, order[: given.warm_up], *optimizer_and_schedule))
+        text = loop.TaughtText(windows, model=teacher)
+        optimizer_and_schedule = loop.optimizer_and_schedule(student, 1e-3, given.warm_up)
+        losses = list(loop.train(student.train(), text, order[: given.warm_up], *optimizer_and_schedule))
         print(f"warm-up: forward KL on the text {losses[-1]:.3f} nats after {given.warm_up} steps", flush=True)
 
     before = measure(student, teacher, held_out[:, : given.prompt], given.completion)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=given.learning_rate, weight_decay=0.0)
-    bar = training.progress(order[given.warm_up :], "on-policy")
+    bar = progress(order[given.warm_up :], "on-policy")
     for rows in bar:
         input_ids, labels = write(student, windows[rows][:, : given.prompt], given.completion)
         options = {"discount": given.discount} if given.estimator == "sampled" else {}

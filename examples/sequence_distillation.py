@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, next_token_labels, run_backbone
-from distill_kernels.api import corpus, initial_models, training
+from distill_kernels.api.models import initial_models
+from distill_kernels.api.progress_bar import progress
+from distill_kernels.api.runs import corpus, loop
 from distill_kernels.api.user_error import UserError
 
 HELD_OUT_FRACTION = 0.2  # of the questions
@@ -42,7 +44,7 @@ def answer(teacher: nn.Module, tokenizer, questions: list[str], batch_size: int,
     ends = teacher.generation_config.eos_token_id
     ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], dtype=torch.int64)
     written = []
-    for start in training.progress(range(0, len(questions), batch_size), "teacher writes"):
+    for start in progress(range(0, len(questions), batch_size), "teacher writes"):
         some = questions[start : start + batch_size]
         prompts = [tokenizer(as_prompt(tokenizer, question), add_special_tokens=False)["input_ids"] for question in some]
         batch = padded([(ids, len(ids)) for ids in prompts], on_the_left=True)
@@ -139,9 +141,9 @@ def main() -> None:
     print(f"{len(train)} answers of {tokens:,} tokens to train on, {len(held_out)} held out, in {given.answers}", flush=True)
 
     before = measure(student, teacher, held_out, given.batch_size)
-    optimizer, schedule = training.optimizer_and_schedule(student, given.learning_rate, given.steps)
+    optimizer, schedule = loop.optimizer_and_schedule(student, given.learning_rate, given.steps)
     batches = corpus.epochs(len(train), given.batch_size, given.steps, torch.Generator().manual_seed(0))
-    bar = training.progress(batches, "student learns")
+    bar = progress(batches, "student learns")
     for chosen in bar:
         batch = {name: tensor.to(student.device) for name, tensor in padded([train[i] for i in chosen.tolist()]).items()}
         learned = run_backbone(student.train(), **batch)

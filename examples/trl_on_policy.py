@@ -16,7 +16,7 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
 from distill_kernels import TRLDistillationMixin
-from distill_kernels.api.initial_models import DEFAULT_LAYERS, cut_student, default_teacher, layers_to_keep, load, savable
+from distill_kernels.api.models.initial_models import DEFAULT_LAYERS, cut_student, default_teacher, layers_to_keep, load, savable
 
 HELD_OUT = 32  # prompts
 

@@ -2,13 +2,19 @@
 
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.cache.writing import write_teacher_cache
-from distill_kernels.api.diagnosis import doctor, plan
-from distill_kernels.api.heads import PreparedHead, prepare_head
-from distill_kernels.api.losses import DistillationLoss, DistillationStats, distillation_loss, distillation_loss_and_stats, token_logprobs
-from distill_kernels.api.models import BackboneOutput, next_token_labels, run_backbone
-from distill_kernels.api.presets import describe_preset, preset
-from distill_kernels.api.sparse import selected_logprobs, sparse_distillation_loss
-from distill_kernels.api.trl_losses import TRLDistillationMixin, TRLGKDMixin
+from distill_kernels.api.losses.distillation import (
+    DistillationLoss,
+    DistillationStats,
+    distillation_loss,
+    distillation_loss_and_stats,
+    token_logprobs,
+)
+from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
+from distill_kernels.api.losses.presets import describe_preset, preset
+from distill_kernels.api.losses.sparse import selected_logprobs, sparse_distillation_loss
+from distill_kernels.api.measuring.diagnosis import doctor, plan
+from distill_kernels.api.models.backbone import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.trainers.trl_mixins import TRLDistillationMixin, TRLGKDMixin
 
 __all__ = [
     "BackboneOutput",
@@ -37,7 +43,7 @@ __all__ = [
 def __getattr__(name):
     """Names that need a package of their own; not in __all__, so that `import *` asks for none."""
     if name == "DistillationTrainer":
-        from distill_kernels.api.trainer import DistillationTrainer
+        from distill_kernels.api.trainers.distillation_trainer import DistillationTrainer
 
         return DistillationTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,19 +45,19 @@ def kernels(request, monkeypatch):
 @pytest.fixture
 def sampling_pays():
     """Columns are sampled for any number of tokens and any vocabulary: a few hundred columns are enough for a test."""
-    from distill_kernels import columns
+    from distill_kernels.call import worthwhile
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "LEAST_TOKENS", 1)
-        patch.setattr(columns, "LEAST_VOCABULARY", 1)
+        patch.setattr(worthwhile, "LEAST_TOKENS", 1)
+        patch.setattr(worthwhile, "LEAST_VOCABULARY", 1)
         yield
 
 
 @pytest.fixture
 def draws(monkeypatch):
     """(columns, weights, uniform, scores, tokens) of every chunk."""
-    from distill_kernels import sampling
     from distill_kernels.backends import native
+    from distill_kernels.estimators import sampling
 
     recorded = []
 

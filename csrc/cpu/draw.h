@@ -1,4 +1,4 @@
-// Which columns of dz a chunk's gradient products go over: what distill_kernels/columns.py derives, in one thread and a few passes.
+// Which columns of dz a chunk's gradient products go over: what distill_kernels/estimators/columns.py derives, in one thread and a few passes.
 #pragma once
 
 #include <cstdint>

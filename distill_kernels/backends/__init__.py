@@ -19,9 +19,9 @@ from dataclasses import replace
 
 from torch import Tensor  # not torch itself, whose name here is a backend's
 
-from distill_kernels import quantised
-from distill_kernels.plan import Plan, make_plan
-from distill_kernels.problem import Problem
+from distill_kernels.call.problem import Problem
+from distill_kernels.estimators import quantised
+from distill_kernels.schedule.plan import Plan, make_plan
 
 # Fastest first; but `cuda`, which has not been measured on any device, after what runs everywhere: `auto` never takes it.
 ORDER = ("native", "triton", "torch", "cuda")

@@ -9,12 +9,14 @@ import math
 
 import torch
 
-from distill_kernels import chunked, memory, quantised
+from distill_kernels import memory
+from distill_kernels.call.problem import TAIL_PROBABILITY, Problem, Tensors
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR
+from distill_kernels.estimators import quantised
+from distill_kernels.estimators.sampling import Sampler, sampled_bytes
 from distill_kernels.listed import listed_bytes
-from distill_kernels.plan import Schedule, keeps_logits, make_plan
-from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
-from distill_kernels.sampling import Sampler, sampled_bytes
+from distill_kernels.schedule import chunked
+from distill_kernels.schedule.plan import Schedule, keeps_logits, make_plan
 
 try:
     from distill_kernels import _native

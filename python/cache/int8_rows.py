@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distill_kernels import quantised
+from distill_kernels.estimators import quantised
 
 
 def quantise(hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels.api.user_error import UserError
-from distill_kernels.quantised import padded_dim
+from distill_kernels.estimators.quantised import padded_dim
 
 FORMAT, VERSION = "distill_kernels teacher cache", 1
 INDEX, UNFINISHED, HEAD = "index.json", "unfinished.json", "head.safetensors"

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill_kernels import problem as contract
 from distill_kernels.api.cache import int8_rows
 from distill_kernels.api.cache.layout import DTYPES, CachePlan
-from distill_kernels.api.losses import token_logprobs
-from distill_kernels.api.models import BackboneOutput
+from distill_kernels.api.losses.distillation import token_logprobs
+from distill_kernels.api.models.backbone import BackboneOutput
+from distill_kernels.call import problem as contract
 from distill_kernels.products import Products, apply_head
 
 PAD_ID = 0  # any id of the vocabulary: masked, and after all that is kept of its row

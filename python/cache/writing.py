@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels import problem as contract
 from distill_kernels.api.cache import layout, teacher_pass, token_rows, whole_files
 from distill_kernels.api.cache.layout import CacheError, CachePlan
 from distill_kernels.api.cache.token_rows import TokenRows
 from distill_kernels.api.cache.whole_files import WriterLock, write_whole
-from distill_kernels.api.models import BackboneOutput, run_backbone
+from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
+from distill_kernels.call import problem as contract
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from distill_kernels import divergences, problem
-from distill_kernels.api.losses import SIGNATURE
+from distill_kernels import divergences
+from distill_kernels.api.losses.distillation import SIGNATURE
+from distill_kernels.call import problem
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in problem.DTYPES}
 

@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from distill_kernels.api import bench
 from distill_kernels.api.command_line.arguments import LOSS_OPTIONS, add_command, add_loss_options, device, loss_options, speaking_json
+from distill_kernels.api.measuring import bench
 
 OPTIONS = ("divergence", "column_fraction", "gradient_tolerance", "sweep", "sweep_tolerance", "backend", "workspace_mib")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from distill_kernels.api import corpus, initial_models
 from distill_kernels.api.cache import layout, token_rows
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.cache.writing import CacheReport, write_teacher_cache
 from distill_kernels.api.command_line.arguments import add_command, device
-from distill_kernels.api.models import load_causal_lm
+from distill_kernels.api.models import initial_models
+from distill_kernels.api.models.backbone import load_causal_lm
+from distill_kernels.api.runs import corpus
 from distill_kernels.api.user_error import UserError
 
 LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from distill_kernels.api import demo
 from distill_kernels.api.command_line.arguments import add_command, divergence_names, speaking_json
+from distill_kernels.api.runs import demo
 
 
 def add(commands) -> None:

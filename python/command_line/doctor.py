@@ -5,8 +5,8 @@ import contextlib
 import io
 import json
 
-from distill_kernels.api import diagnosis
 from distill_kernels.api.command_line.arguments import add_command
+from distill_kernels.api.measuring import diagnosis
 
 
 def add(commands) -> None:

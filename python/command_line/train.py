@@ -5,9 +5,9 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from distill_kernels.api import train
 from distill_kernels.api.command_line.arguments import add_command, add_loss_options, device, loss_options, speaking_json
-from distill_kernels.api.training_inputs import PRECISIONS, Settings
+from distill_kernels.api.runs import training_run
+from distill_kernels.api.runs.inputs import PRECISIONS, Settings
 from distill_kernels.listed import TAILS
 
 
@@ -66,7 +66,7 @@ def run(given: argparse.Namespace) -> None:
     if "device" in options:
         options["device"] = str(options["device"])
     with speaking_json(given.json):
-        report = train.run(Settings(**options, loss=loss_options(given)))
+        report = training_run.run(Settings(**options, loss=loss_options(given)))
     if given.json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
 

@@ -10,11 +10,11 @@ import functools
 
 import torch
 
-from distill_kernels import chunk_products, chunked
 from distill_kernels.backends.cuda import extension, sweep
+from distill_kernels.call.problem import Problem, Tensors
 from distill_kernels.divergences import BUILT_IN
-from distill_kernels.plan import Schedule, keeps_logits, make_plan
-from distill_kernels.problem import Problem, Tensors
+from distill_kernels.schedule import chunk_products, chunked
+from distill_kernels.schedule.plan import Schedule, keeps_logits, make_plan
 
 OLDEST_CAPABILITY = (8, 0)
 MOST_VOCABULARY = 2**31 - 1024  # entries are counted in 32 bits, a block beyond the last

@@ -2,7 +2,7 @@
 
 from distill_kernels.backends.cuda import extension
 from distill_kernels.backends.cuda.launch import ELEMENTS, address, place
-from distill_kernels.sampling import Library
+from distill_kernels.estimators.sampling import Library
 
 THREADS = 256
 

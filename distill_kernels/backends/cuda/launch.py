@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels import chunked
 from distill_kernels.backends.cuda import extension
+from distill_kernels.call.problem import TAIL_PROBABILITY, Problem, Tensors
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
-from distill_kernels.problem import TAIL_PROBABILITY, Problem, Tensors
+from distill_kernels.schedule import chunked
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # params.h: enum class Element
 VECTOR = 4  # logits that are read together

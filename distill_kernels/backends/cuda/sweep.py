@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels import chunked
 from distill_kernels.backends.cuda import extension, launch
 from distill_kernels.backends.cuda.launch import ELEMENTS, Launcher, Limits, address, place
-from distill_kernels.problem import Problem, Tensors
+from distill_kernels.call.problem import Problem, Tensors
+from distill_kernels.schedule import chunked
 
 ALIGNMENT = 16  # bytes: where rows begin, for copies of as many
 MMA, WGMMA = 0, 1  # sweep.h: enum class Instructions

@@ -6,17 +6,18 @@ temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspa
 
 import torch
 
-from distill_kernels import chunked, quantised
 from distill_kernels.backends.torch import listed
 from distill_kernels.backends.torch.rows import ROW_BUFFERS, STATISTICS, Rows, Sums, row_kernel
 from distill_kernels.backends.torch.swept import SweptChunk
-from distill_kernels.correction import correction_bytes
+from distill_kernels.call.problem import Problem, Tensors
+from distill_kernels.call.shards import Shards
+from distill_kernels.estimators import quantised
+from distill_kernels.estimators.correction import correction_bytes
+from distill_kernels.estimators.sampling import Library, Sampler, sampled_bytes
 from distill_kernels.listed import listed_bytes
-from distill_kernels.plan import Schedule, keeps_logits, make_plan
-from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, panel_bytes
-from distill_kernels.sampling import Library, Sampler, sampled_bytes
-from distill_kernels.shards import Shards
+from distill_kernels.schedule import chunked
+from distill_kernels.schedule.plan import Schedule, keeps_logits, make_plan
 
 SAMPLED_TOKENS = 192  # of a chunk whose gradient columns are sampled: the more tokens share a sample, the flatter their columns are
 

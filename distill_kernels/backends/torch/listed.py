@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from distill_kernels.plan import Plan
-from distill_kernels.problem import Problem
+from distill_kernels.call.problem import Problem
 from distill_kernels.products import apply_head
+from distill_kernels.schedule.plan import Plan
 
 LISTED_BUFFERS = 5  # (tokens, V) temporaries alive at the worst line: two softmaxes, a product, a ratio and a mask
 

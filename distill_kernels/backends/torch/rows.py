@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from distill_kernels.call.problem import TAIL_PROBABILITY, Problem
+from distill_kernels.call.shards import Shards
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
-from distill_kernels.plan import Plan
-from distill_kernels.problem import TAIL_PROBABILITY, Problem
 from distill_kernels.products import apply_head
-from distill_kernels.shards import Shards
+from distill_kernels.schedule.plan import Plan
 
 STATISTICS = 6  # columns of `_statistics`
 # (tokens, V) temporaries alive at the worst line of the divergences, counted: the five log-probabilities and masks below and the

@@ -2,8 +2,8 @@
 
 import torch
 
-from distill_kernels import quantised
-from distill_kernels.correction import PANEL, Correction, References
+from distill_kernels.estimators import quantised
+from distill_kernels.estimators.correction import PANEL, Correction, References
 
 
 class SweptChunk(Correction):

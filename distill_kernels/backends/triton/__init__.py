@@ -7,14 +7,15 @@ whose 8-bit logits are corrected by a few exact ones. Triton is imported where i
 
 import torch
 
-from distill_kernels import chunk_products, chunked, quantised
-from distill_kernels.chunk_products import SAMPLED_TOKENS
-from distill_kernels.correction import correction_bytes
+from distill_kernels.call.problem import Problem, Tensors
+from distill_kernels.estimators import quantised
+from distill_kernels.estimators.correction import correction_bytes
+from distill_kernels.estimators.sampling import Sampler, sampled_bytes
 from distill_kernels.listed import listed_bytes
-from distill_kernels.plan import Schedule, keeps_logits, make_plan
-from distill_kernels.problem import Problem, Tensors
 from distill_kernels.products import Products, panel_bytes
-from distill_kernels.sampling import Sampler, sampled_bytes
+from distill_kernels.schedule import chunk_products, chunked
+from distill_kernels.schedule.chunk_products import SAMPLED_TOKENS
+from distill_kernels.schedule.plan import Schedule, keeps_logits, make_plan
 
 MOST_VOCABULARY = 2**24  # places of maxima are kept as float32
 OLDEST_CAPABILITY = (8, 0)

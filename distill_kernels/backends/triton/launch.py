@@ -4,13 +4,13 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distill_kernels import chunk_products, chunked
 from distill_kernels.backends.triton import kept_columns, listed_columns, listed_entries, quantised_sweep, rows, sweep
 from distill_kernels.backends.triton.elementwise import device_function
 from distill_kernels.backends.triton.tiles import MERGED, PLACES, STATISTICS, TOTALS
-from distill_kernels.problem import Problem, Tensors
-from distill_kernels.quantised import PILOT_FRACTION
-from distill_kernels.shards import Shards
+from distill_kernels.call.problem import Problem, Tensors
+from distill_kernels.call.shards import Shards
+from distill_kernels.estimators.quantised import PILOT_FRACTION
+from distill_kernels.schedule import chunk_products, chunked
 
 READ = ("rows", "head", "row_scales", "head_scales")  # of a `correction.Model` by the sweep
 INTERPRETED_MULTIPROCESSORS = 7  # odd, and enough that a small problem has several blocks and several ragged splits of each

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from distill_kernels import quantised
 from distill_kernels.backends.triton import tiles
 from distill_kernels.backends.triton.elementwise import FLOOR, apply_head, raised, value_and_slope
 from distill_kernels.backends.triton.tiles import TERM_COUNT
+from distill_kernels.estimators import quantised
 
 AGREEMENT = tl.constexpr(quantised.AGREEMENT)
 SUMS = 8  # fields of `no_sums`

@@ -4,7 +4,7 @@ import torch
 
 from distill_kernels.backends.triton.kept_columns import CORRECTED
 from distill_kernels.backends.triton.launch import Launcher
-from distill_kernels.correction import Correction, References, Sums
+from distill_kernels.estimators.correction import Correction, References, Sums
 
 # Of the moments that `difference_kernel` writes, which stands where in the matrix.
 MATRIX = (0, 1, 2, 3, 1, 4, 5, 6, 2, 5, 7, 8, 3, 6, 8, 9)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from distill_kernels.backends.triton.elementwise import FLOOR, raised, value_and_slope
-from distill_kernels.problem import STATS, TAIL_PROBABILITY, TERMS
+from distill_kernels.call.problem import STATS, TAIL_PROBABILITY, TERMS
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # What labels that stand for none are below; one of another rank's shard may be negative, too.

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.gpu_suite.suite import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Losses and gradients from a sample of the vocabulary: sampled columns, and quantised sweeps that they correct. Imports `call`."""

@@ -1,0 +1,1 @@
+"""Causal language models of transformers: their hidden states, heads and labels, and students cut from teachers. May import `losses`."""

@@ -1,0 +1,1 @@
+"""The Trainers of transformers and TRL with the losses of this library. May import `losses`, `models` and `cache`."""

@@ -1,0 +1,257 @@
+"""The Trainer of transformers, with the distillation loss in place of the model's own."""
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_kernels.api.cache.reading import TeacherCache
+from distill_kernels.api.losses.prepared_heads import prepare_head
+from distill_kernels.api.models.backbone import run_backbone, vocabulary_size
+from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, TrainerLoss, targets
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(f'DistillationTrainer needs transformers and accelerate ({error}): pip install "distill_kernels[trainer]"') from error
+
+
+class DistillationTrainer(Trainer):
+    """Trains a causal language model of transformers to match a teacher's next-token distributions.
+
+    It is a `transformers.Trainer` in all but the loss, which is `distill_kernels.distillation_loss` on the hidden states of both models:
+    neither model's logits are made. The loss is computed inside of the forward of whatever wraps the student (DistributedDataParallel,
+    fully_shard, torch.compile); checkpoints hold the student alone, as `from_pretrained` takes them.
+
+    Every next token is learned from, but where `labels` (not shifted) are -100, at padding by `attention_mask`, and where `position_ids`
+    begin another packed document; batches need no `labels`. A step's loss is the mean over these tokens of all its batches (gradient
+    accumulation), and of all processes if `average_tokens_across_devices`; that of an evaluation is the mean over its tokens, however they
+    are split into batches. Logged beside the loss, as means over tokens: kd (nats, without temperature² and weight), ce (nats),
+    top1_agreement, student_entropy and teacher_entropy (nats); in evaluation with the prefix eval_.
+
+    Args:
+        model: the student; a PeftModel is taken, too (LoRA on the LM head is exact, and takes memory for a copy of the head).
+        args: transformers.TrainingArguments. label_smoothing_factor smooths the cross entropy; use_liger_kernel is refused.
+        teacher_model: a causal language model with the same vocabulary. It is put into evaluation mode, its parameters get
+            requires_grad=False, and it is moved to the training device, unless it has a device map; its dtype stays what it is.
+        teacher_cache: a TeacherCache, in place of teacher_model; rows of all data sets, evaluation's included, must be in it. They are
+            found by their token ids, or brought by its own data set and collator: without a data_collator, its is used. If it is one of
+            top-k log-probabilities, the loss is `sparse_distillation_loss`, whose `tail` is required then, and no metrics are logged.
+        options: those of `distillation_loss` (divergence, temperature, kd_weight, ce_weight, column_fraction, ...; kd_weight=0 needs no
+            teacher) and those of transformers.Trainer (train_dataset, data_collator, callbacks, ...). Logit scales and softcaps are read
+            from the models.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: before training, for an option that there is not, or that cannot be honoured here.
+
+    Example:
+        >>> trainer = DistillationTrainer(
+        ...     model=student, teacher_model=teacher, args=TrainingArguments("out"), train_dataset=dataset, temperature=2.0, ce_weight=0.1
+        ... )
+        >>> trainer.train()
+    """
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        teacher_model: nn.Module | None = None,
+        teacher_cache: TeacherCache | None = None,
+        **options,
+    ):
+        known = inspect.signature(Trainer.__init__).parameters
+        trainer = {name: value for name, value in options.items() if name in known}
+        options = {name: value for name, value in options.items() if name not in known}
+        if teacher_model is not None and teacher_cache is not None:
+            raise TypeError("teacher_model and teacher_cache were both passed; wanted one teacher")
+        has_teacher = teacher_model is not None or teacher_cache is not None
+        if not has_teacher and options.get("kd_weight", 1.0) != 0:
+            raise TypeError("teacher_model and teacher_cache are missing; without a teacher pass kd_weight=0 and a ce_weight")
+        if teacher_cache is not None and trainer.get("data_collator") is None:
+            trainer["data_collator"] = teacher_cache.collate
+        smoothing = 0.0 if args is None else args.label_smoothing_factor
+        self.loss = TrainerLoss(options, label_smoothing=smoothing, has_teacher=has_teacher, cache=teacher_cache)
+        if args is not None and getattr(args, "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel replaces the student's forward and loss, but here the loss is made of hidden states; set it to False"
+            )
+        if trainer.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func takes logits, which are not made here; options of distillation_loss say what the loss is")
+        self.teacher_cache = teacher_cache
+        super().__init__(model=model, args=args, **trainer)
+        check_parallelism(self)
+        self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
+        self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
+        self._check_vocabulary()
+        self._teacher_head = None  # quantised, of a loss with `sweep`
+        self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
+
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        if any(id(parameter) in trained for parameter in teacher.parameters()):
+            raise ValueError("teacher_model shares parameters that are trained with the student; pass a model of its own")
+        if getattr(teacher, "hf_device_map", None) is None:
+            teacher.to(self.args.device)
+        return teacher.requires_grad_(False).eval()
+
+    def _check_vocabulary(self):
+        """Also that the library knows both models."""
+        student, teacher = vocabulary_size(self.model), None
+        if self.teacher_model is not None:
+            teacher = vocabulary_size(self.teacher_model)
+        elif self.teacher_cache is not None:
+            teacher = self.teacher_cache.plan.vocabulary
+        if teacher not in (None, student) and self.loss.options.get("vocab_mismatch", "error") == "error":
+            how = "a list of the teacher's tokens can only be compared by a student that has them all"
+            if self.teacher_model is not None or self.teacher_cache.plan.kind == "hidden":
+                how = f"if the first {min(student, teacher)} entries mean the same tokens, "
+                how += 'pass vocab_mismatch="truncate" to compare those, renormalised'
+            raise ValueError(f"the student's LM head has {student} rows but the teacher's has {teacher}; {how}")
+
+    def _set_signature_columns_if_needed(self):
+        """Trainer drops columns that the student's forward does not take, unless they are named here: a cache's are of the teacher."""
+        super()._set_signature_columns_if_needed()
+        if self.teacher_cache is not None:
+            self._signature_columns += [name for name in self._cached_columns() if name not in self._signature_columns]
+
+    def _cached_columns(self) -> list[str]:
+        return ["row", *(f"teacher_{name}" for name in self.teacher_cache.plan.token_columns())]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The next batches, and the number of tokens that they are learned from: of all processes, if these are averaged over."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        count = torch.stack([(targets(batch) != IGNORED).sum().to(device) for batch in batches]).sum()
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, reduction="sum")
+        return batches, count.clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch, () float32; with return_outputs a dict without logits beside it."""
+        loss, rows = self._loss_and_rows(model, inputs, num_items_in_batch, "mean")
+        if self.model.training:
+            self._trained.add(rows)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # for gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, logits, labels) of a batch. Logits, which only compute_metrics and predict() ask for, take a forward of their own."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            losses, rows = self._loss_and_rows(model, inputs, None, "none")
+        rows = torch.cat((losses.sum(-1, keepdim=True), rows), -1)
+        self._evaluated.add(self.gather_function(rows))  # which leaves out the rows that made the last batch even over processes
+        loss = rows[:, 0].sum() / rows[:, -1].sum().clamp(min=1)
+        if prediction_loss_only:
+            return loss, None, None
+        _, logits, _ = super().prediction_step(model, self._student_inputs(inputs), False, ignore_keys)
+        return loss, logits, inputs.get("labels")
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Trainer's, with the loss and the metrics as means over all tokens instead of over batches."""
+        self._evaluated.take()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = dict(zip(("loss", *self.loss.metrics), self._evaluated.take(), strict=False))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs, start_time=None):
+        """Trainer's; the loss of training steps is joined by the metrics of the same steps."""
+        if "loss" in logs:
+            logs = {**logs, **dict(zip(self.loss.metrics, self._trained.take(self.accelerator), strict=False))}
+        super().log(logs, start_time)
+
+    def _loss_and_rows(self, model, inputs, num_items, reduction) -> tuple[Tensor, Tensor]:
+        """The loss, () or of each token (B, S), and sums over tokens for the metrics, (B, metrics + 1): by the forward of `model`."""
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        batch = self._student_inputs(inputs)
+        with self.accelerator.autocast():
+            teacher = self._teacher_output(inputs, batch)
+            with forward_replaced(student, self.loss.forwards[reduction]):
+                return model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
+
+    def _student_inputs(self, inputs) -> dict[str, Any]:
+        left_out = (*TARGETS, *(self._cached_columns() if self.teacher_cache is not None else ()))
+        return {name: value for name, value in inputs.items() if name not in left_out}
+
+    @torch.no_grad()
+    def _teacher_output(self, inputs, batch) -> dict[str, Any]:
+        if self.teacher_model is not None:
+            output = run_backbone(self.teacher_model, **batch).as_teacher()
+        elif self.teacher_cache is not None:
+            output = self.loss.teacher_arguments(self.teacher_cache.teacher_output(inputs))
+        else:
+            return NO_TEACHER
+        if self.loss.options.get("sweep") is not None:
+            if self._teacher_head is None:
+                self._teacher_head = prepare_head(output["teacher_weight"])
+            output["teacher_weight"] = self._teacher_head
+        return output
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Whatever wraps the module calls `forward`, with the module as its self, in place of the module's own.
+
+    So everything that a wrapper does around a forward is done around this one: the hooks by which DistributedDataParallel sums gradients,
+    the gathering of sharded parameters, compilation. The module itself, with the names of its parameters, stays what it is.
+    """
+    # An instance may have a forward of its own already: accelerate's, which casts.
+    own = module.__dict__.get("forward")
+    module.forward = types.MethodType(forward, module)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+class _TokenMeans:
+    """Sums over tokens, kept on the device, so that a step does not wait for it; their means are what is logged."""
+
+    def __init__(self):
+        self.sums = None
+
+    def add(self, rows: Tensor):
+        """rows (B, columns), the last column a number of tokens."""
+        rows = rows.detach()
+        # A float32 could not count one token more beyond 2²⁴; Apple's GPUs have nothing wider.
+        sums = rows.sum(0, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def take(self, accelerator=None) -> list[float]:
+        """Means, since the last call, of all columns but the last, over all processes if an accelerator is given; [] if there were none."""
+        sums, self.sums = self.sums, None
+        if sums is None:
+            return []
+        if accelerator is not None:
+            sums = accelerator.reduce(sums, reduction="sum")
+        return (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+
+
+def check_parallelism(trainer: Trainer):
+    """Raises where the student's forward is split in a way in which the loss would be wrong."""
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"torch.nn.DataParallel over {trainer.args.n_gpu} devices is not supported; start one process for each with torchrun or "
+            "accelerate launch, or show the process one device"
+        )
+    split = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if split is not None and (getattr(split, name, 1) or 1) > 1:
+            raise NotImplementedError(
+                f"parallelism_config has {name}={getattr(split, name)}, but the loss needs whole rows and a whole head"
+            )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise NotImplementedError("DeepSpeed ZeRO-3 keeps the LM head in shards that the loss cannot read; use stage 2, or FSDP2")
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise NotImplementedError("FSDP of version 1 is not supported; set fsdp_version to 2")
