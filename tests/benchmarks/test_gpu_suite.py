@@ -66,7 +66,7 @@ def test_dry_run_runs_to_its_end(tmp_path):
 def test_stage_that_hangs_is_killed_and_says_where(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_suite", str(tmp_path), "--dry-run", "--stage", "tests", "--limit", "1"]
     failure = gpu_suite.watched(command, 60, cwd=ROOT)
-    assert failure.startswith("exit code 1:") and "Timeout" in failure and "gpu_suite.py" in failure
+    assert failure.startswith("exit code 1:") and "Timeout" in failure and "suite.py" in failure
     assert not list(tmp_path.glob("*.stage"))
 
 
