@@ -74,7 +74,8 @@ class Family:
         bound.apply_defaults()
         parameters = dict(list(bound.arguments.items())[2:])
         for name, value in parameters.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not -math.inf < value < math.inf:  # by comparison, which a compiler can trace
                 raise ValueError(f"divergences.{self.name}: {name} must be a finite number, got {value!r}")
         if self.check is not None:
             self.check(**parameters)

@@ -12,7 +12,7 @@ loss answers with its gradient, from which that of every logit follows:
     d_listed (n, K)  ∂/∂z_k
     d_others (n, 2)  of an entry not listed it is  d_others[0] · softmax(z / τ)_v + d_others[1] · softmax(z)_v,  softmaxes of the others
 
-What the teacher leaves out, its tail, is compared by one of TAILS:
+What the teacher leaves out, its tail, is compared by one of `options.TAILS`:
 
     bucket       as one entry more, of probability 1 − Σ p_k and q_rest: the divergence of two distributions over K + 1 outcomes; not
                  where everything is listed
@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import torch
 
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 
-TAILS = ("bucket", "renormalise", "ignore")
 # Σ p of a row that is taken for rounding of its log-probabilities: bfloat16's of an entropy of 10 nats add up to 4 %. Unnormalised
 # logits, or another base of logarithms, make more.
 MOST_MASS = 1.05
@@ -68,11 +68,12 @@ def checked(name: str, ids, vocabulary: int, counts) -> Lists:
     return Lists(torch.where(flawed[:, None], -1, ids), flawed)
 
 
-def with_teacher(lists: Lists, log_p, tail_mass, tail: str, exponent: float, dtype) -> Lists:
+def with_teacher(lists: Lists, log_p, tail_mass, options: Options, dtype) -> Lists:
     """The lists with a teacher's log-probabilities (N, K), and the mass (N,) of its tail if that is known better than by 1 − Σ p.
 
-    exponent: p is raised to it, which with tail="renormalise" brings it to another temperature. Raises as `checked`.
+    With tail="renormalise" p is raised to `options.list_exponent`, which brings it to the loss's temperature. Raises as `checked`.
     """
+    tail = options.tail
     shown = lists.ids >= 0
     log_p = torch.where(shown, log_p.to(dtype), -torch.inf)
     # The largest by itself: what it leaves of 1 may be 1e-9, and its logarithm does say so.
@@ -96,7 +97,7 @@ def with_teacher(lists: Lists, log_p, tail_mass, tail: str, exponent: float, dty
     if tail == "bucket":
         log_tail = ((-torch.expm1(most) - p_of_others).clamp(min=0) if left is None else left).log()
     elif tail == "renormalise":
-        log_p = log_p * exponent
+        log_p = log_p * options.list_exponent
         log_p = torch.where(shown, log_p - log_p.logsumexp(-1, keepdim=True), -torch.inf)
     return lists._replace(log_p=log_p, shown=shown, log_tail=log_tail, flawed=flawed)
 
@@ -148,7 +149,7 @@ def log_probability_gradient(made: LogProbabilities, d_listed, d_rest):
     return d_listed - made.listed.exp() * total, torch.cat([d_rest, torch.zeros_like(d_rest)], 1)
 
 
-def terms_and_gradient(problem: Problem, lists: Lists, tail: str, coefficients, listed, others):
+def terms_and_gradient(problem: Problem, lists: Lists, coefficients, listed, others):
     """The loss of a chunk's tokens: its terms (n, 3), and d_listed, d_others of Σ coefficients · terms.
 
     `lists` are those of the chunk, `coefficients` (n, 3); `problem.divergence` None: there is no teacher.
@@ -157,11 +158,11 @@ def terms_and_gradient(problem: Problem, lists: Lists, tail: str, coefficients, 
     terms = torch.zeros_like(coefficients)
     d_listed, d_others = torch.zeros_like(listed), torch.zeros_like(others[:, :2])
     if problem.divergence is not None:
-        made = log_probabilities(lists.ids, listed, others, 1 / problem.temperature, 1)
-        value, gradient, of_rest = _divergence(problem.divergence, lists, tail, problem.vocabulary, made)
+        made = log_probabilities(lists.ids, listed, others, 1 / problem.options.temperature, 1)
+        value, gradient, of_rest = _divergence(problem.divergence, lists, problem.options.tail, problem.vocabulary, made)
         terms[:, :1] = value
-        d_listed = kd / problem.temperature * gradient
-        d_others[:, :1] = kd / problem.temperature * of_rest
+        d_listed = kd / problem.options.temperature * gradient
+        d_others[:, :1] = kd / problem.options.temperature * of_rest
     if problem.cross_entropy or problem.z_loss:
         made = log_probabilities(lists.ids, listed, others, 1.0, 2)
         terms[:, 2:] = made.lse.square()

@@ -7,11 +7,11 @@ from distill_kernels.api.losses.distillation import (
     DistillationStats,
     distillation_loss,
     distillation_loss_and_stats,
-    token_logprobs,
 )
+from distill_kernels.api.losses.logprobs import selected_logprobs, token_logprobs
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.losses.presets import describe_preset, preset
-from distill_kernels.api.losses.sparse import selected_logprobs, sparse_distillation_loss
+from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.measuring.diagnosis import doctor, plan
 from distill_kernels.api.models.backbone import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.trainers.trl_mixins import TRLDistillationMixin, TRLGKDMixin

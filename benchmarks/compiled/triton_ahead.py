@@ -24,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from distill_kernels.backends.triton import launch, quantised_sweep, sweep
+from distill_kernels.call.options import DENSE_NAMES, Options
 from distill_kernels.call.problem import STATS, TERMS, Problem, Tensors
+from distill_kernels.divergences import Divergence
 from distill_kernels.estimators.correction import Model
 from distill_kernels.estimators.quantised import KINDS, PILOT_FRACTION, padded_dim
 from distill_kernels.schedule import chunked
@@ -127,9 +129,12 @@ def rows_of(module: str, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
-def problem(tokens, vocabulary, student_dim, teacher_dim, dtype, divergence, **options) -> Problem:
-    defaults = {"cross_entropy": False, "z_loss": False, "d_hidden": False, "d_weight": False}
-    return Problem(tokens, vocabulary, student_dim, teacher_dim, dtype, dtype, torch.device("meta"), divergence, **defaults | options)
+def problem(tokens, vocabulary, student_dim, teacher_dim, dtype, divergence: Divergence | None, **asked) -> Problem:
+    """Of no divergence where there is None, and of no gradients but those asked for. asked: options of the loss, or fields of Problem."""
+    options = {name: asked.pop(name) for name in DENSE_NAMES if name in asked}
+    options |= {} if divergence is None else {"divergence": divergence}
+    asked = {"d_hidden": False, "d_weight": False, "kd": divergence is not None} | asked
+    return Problem(tokens, vocabulary, student_dim, teacher_dim, dtype, dtype, torch.device("meta"), Options.of(**options), **asked)
 
 
 @contextlib.contextmanager
@@ -210,9 +215,9 @@ def _launch_swept(launcher, problem, tensors, chunk):
 
     def model(prefix):
         dim = padded_dim(getattr(problem, f"{prefix}_dim"))
-        rows, head = (_new(count, dim, dtype=KINDS[problem.sweep][0]) for count in (tokens, problem.vocabulary))
+        rows, head = (_new(count, dim, dtype=KINDS[problem.options.sweep][0]) for count in (tokens, problem.vocabulary))
         bias = getattr(tensors, f"{prefix}_bias")
-        parts = getattr(problem, f"{prefix}_logit_scale"), getattr(problem, f"{prefix}_softcap")
+        parts = getattr(problem.options, f"{prefix}_logit_scale"), getattr(problem.options, f"{prefix}_softcap")
         return Model(None, None, None if bias is None else bias.float(), rows, _new(tokens, 3), head, _new(problem.vocabulary, 3), *parts)
 
     student, teacher = model("student"), model("teacher") if problem.teacher_dim else None

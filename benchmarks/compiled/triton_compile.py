@@ -116,10 +116,11 @@ def _quantised_cases(target, check):
 
 
 def _quantised(variant, target, problem, tile, bias):
-    promised = {"gfx942": "mfma", "sm_90": "wgmma", "sm_100": "tcgen05" if problem.sweep == "fp8" else "mma.sync"}.get(target, "mma.sync")
+    of_sm_100 = "tcgen05" if problem.options.sweep == "fp8" else "mma.sync"
+    promised = {"gfx942": "mfma", "sm_90": "wgmma", "sm_100": of_sm_100}.get(target, "mma.sync")
     for launch in triton_ahead.launches(target, problem, tile=tile, bias=bias):
         if launch.name in ("quantised_sweep_kernel", "logits_kernel"):
-            yield variant, launch, KINDS[problem.sweep][0], promised
+            yield variant, launch, KINDS[problem.options.sweep][0], promised
         else:
             yield variant, launch, torch.float32, None
 

@@ -21,7 +21,6 @@ from benchmarks.compiled import triton_ahead
 from distill_kernels import divergences
 from distill_kernels.backends import triton as backend
 from distill_kernels.backends.triton import sweep
-from distill_kernels.call.problem import ACCELERATOR_WORKSPACE_MIB
 from distill_kernels.schedule.plan import make_plan
 
 TARGET = "sm_90"
@@ -225,7 +224,7 @@ LARGER = ((128, 128), (128, 256), (256, 256), (256, 512))  # tiles, or what a cl
 def chunks_of(case: Case, **options) -> list[int]:
     """Tokens of each chunk that the plan would make on an H100, of bfloat16 models."""
     asked = triton_ahead.problem(*astuple(case), torch.bfloat16, divergences.forward_kl(), **options)
-    asked = replace(asked, device=torch.device("cuda"), workspace_mib=ACCELERATOR_WORKSPACE_MIB)
+    asked = replace(asked, device=torch.device("cuda"))
     with triton_ahead.standing_for(TARGET):
         size = make_plan(asked, backend.schedule(asked)).chunk_tokens
     return [min(size, case.tokens - begin) for begin in range(0, case.tokens, size)]

@@ -13,7 +13,6 @@ from benchmarks import cases
 from benchmarks.cases import Case
 from distill_kernels import backends
 from distill_kernels.call.problem import Problem
-from distill_kernels.divergences import resolve
 
 GATE_TOKENS = 256  # whose gradients are compared with float32 eager's
 ERRORS = {"float32": 2e-2, "bfloat16": 0.2}  # relative; float32 allows for TF32 where torch's switch is on
@@ -109,10 +108,8 @@ def variants() -> dict[str, Variant]:
 
 def why_no_cuda() -> str | None:
     """Why the cuda backend cannot run here; None: it can."""
-    problem = Problem(
-        tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=torch.float32, teacher_dtype=torch.float32, device=device(),
-        divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
-    )  # fmt: skip
+    plain = torch.float32
+    problem = Problem(tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=plain, teacher_dtype=plain, device=device())
     return backends.load("cuda").why_not(problem)
 
 

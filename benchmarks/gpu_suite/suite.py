@@ -133,9 +133,8 @@ def rows(dry: bool) -> dict:
     from distill_kernels.backends.cuda.launch import Launcher as CudaLauncher
     from distill_kernels.backends.cuda.launch import row_shape
     from distill_kernels.backends.triton.launch import Launcher as TritonLauncher
-    from distill_kernels.call.problem import Problem
-    from distill_kernels.divergences import resolve
-    from distill_kernels.ops.whole_vocabulary import Tensors
+    from distill_kernels.call.options import Options
+    from distill_kernels.call.problem import Problem, Tensors
     from distill_kernels.schedule import chunked
 
     found, launchers = {}, {"triton": TritonLauncher, "cuda": CudaLauncher}
@@ -149,13 +148,10 @@ def rows(dry: bool) -> dict:
         coefficients = torch.full((tokens, 3), 1.0 / tokens, **new)
         hidden = torch.zeros(tokens, 8, device=device(), dtype=torch.bfloat16)
         weight = torch.zeros(vocabulary, 8, device=device(), dtype=torch.bfloat16)
-        problem = Problem(
-            tokens=tokens, vocabulary=vocabulary, student_dim=8, teacher_dim=8, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16,
-            device=device(), divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
-        )  # fmt: skip
         written = {"coefficients": coefficients, "terms": torch.empty(tokens, 3, **new)}
         chunk = chunked.Chunk(**dict.fromkeys(chunked.Chunk._fields) | written)
         tensors = Tensors(hidden, weight, None, hidden, weight, None, None, coefficients)
+        problem = Problem.of(tensors, Options())
         made = {name: launcher(problem, tensors) for name, launcher in launchers.items()}
         steps = {
             name: lambda of=of, chunk=chunk, student=student, teacher=teacher, dz=dz: list(of.rows(chunk, student, teacher, dz, None) or ())

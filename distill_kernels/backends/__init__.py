@@ -16,6 +16,7 @@ Adding one: write the module, and put its name in ORDER where `auto` should cons
 
 import importlib
 from dataclasses import replace
+from types import ModuleType
 
 from torch import Tensor  # not torch itself, whose name here is a backend's
 
@@ -27,15 +28,16 @@ from distill_kernels.schedule.plan import Plan, make_plan
 ORDER = ("native", "triton", "torch", "cuda")
 
 
-def load(name):
+def load(name: str) -> ModuleType:
     return importlib.import_module(f"distill_kernels.backends.{name}")
 
 
-def choose(problem: Problem, name: str = "auto"):
-    """The backend module that runs `problem`: the one named, or the first of ORDER that can.
+def choose(problem: Problem) -> ModuleType:
+    """The backend module that runs `problem`: the one that its options name, or with "auto" the first of ORDER that can.
 
     Raises ValueError for an unknown name, NotImplementedError with every backend's reason where none (or not the one named) can run.
     """
+    name = problem.options.backend
     if name != "auto" and name not in ORDER:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}, got {name!r}")
     reasons = {}
@@ -59,13 +61,14 @@ def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return quantised.quantise(weight, kind)
 
 
-def name_of(backend) -> str:
+def name_of(backend: ModuleType) -> str:
     return backend.__name__.rpartition(".")[2]
 
 
-def plan(problem: Problem, name: str = "auto", *, deferred: bool = False) -> Plan:
-    """The plan of the backend that would run. `deferred`: gradients are made in backward, which repeats the forward products."""
-    backend = choose(problem, name)
-    problem = replace(problem, keeps_dz=problem.keeps_dz or (deferred and problem.can_keep_dz))
+def plan(problem: Problem) -> Plan:
+    """The plan of the backend that would run. A backward that keeps nothing repeats the forward products."""
+    backend = choose(problem)
+    problem = replace(problem, keeps_dz=problem.keeps_dz or (problem.deferred and problem.can_keep_dz))
     made = make_plan(problem, backend.schedule(problem))
-    return replace(made, backward_flops=made.forward_flops + made.backward_flops) if deferred and not problem.keeps_dz else made
+    again = problem.deferred and not problem.keeps_dz
+    return replace(made, backward_flops=made.forward_flops + made.backward_flops) if again else made

@@ -56,7 +56,7 @@ def why_not(problem: Problem) -> str | None:
         return f"it has the built-in divergences compiled in ({', '.join(BUILT_IN)}), and {problem.divergence.name} is not one of them"
     if problem.group:
         return "its kernels go over whole vocabularies; those of the triton and torch backends over shards, too"
-    if problem.sweep == "fp8":
+    if problem.options.sweep == "fp8":
         return "it sweeps in int8, which CPUs multiply; there is no float8 arithmetic in them"
     return None
 
@@ -306,8 +306,8 @@ def _nothing(problem: Problem, keeps_logits: bool) -> dict:
 
     return {
         "vocabulary": problem.vocabulary,
-        "student": model(problem.student_dim, problem.student_dtype, problem.student_logit_scale, problem.student_softcap),
-        "teacher": model(problem.teacher_dim, problem.teacher_dtype, problem.teacher_logit_scale, problem.teacher_softcap),
+        "student": model(problem.student_dim, problem.student_dtype, problem.options.student_logit_scale, problem.options.student_softcap),
+        "teacher": model(problem.teacher_dim, problem.teacher_dtype, problem.options.teacher_logit_scale, problem.options.teacher_softcap),
         "labels": 0,
         "coefficients": 0,
         "terms": 0,
@@ -322,8 +322,8 @@ def _nothing(problem: Problem, keeps_logits: bool) -> dict:
         "first": True,
         "divergence": -1 if divergence is None else _native.divergences.index(divergence.name),
         "parameters": () if divergence is None else divergence.parameters,
-        "temperature": problem.temperature,
-        "label_smoothing": problem.label_smoothing,
+        "temperature": problem.options.temperature,
+        "label_smoothing": problem.options.label_smoothing,
         "log_probability_floor": LOG_PROBABILITY_FLOOR,
         "tail_log_probability": math.log(TAIL_PROBABILITY),
         "untempered": problem.cross_entropy or problem.z_loss,

@@ -1,28 +1,31 @@
-"""One call, validated: shapes, dtypes, devices and options, checked before any work and refused in words.
+"""One call, validated: what a backend and the planner need to know of it beyond its tensors, and the tensors, a row for each token.
 
-`Problem` is what a backend and the planner need to know of a call beyond its tensors; `Tensors` are the tensors, flattened to one
-row for each token. Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes of student and teacher.
+Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes of student and teacher. `state` puts all of a problem that its tensors do not
+say into a text, which is what torch's custom ops take, and `read` makes the problem again.
 """
 
-import math
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from distill_kernels.call import worthwhile
-from distill_kernels.divergences import Divergence
+from distill_kernels.call.options import DEFAULTS, ENGINE_NAMES, Options
+from distill_kernels.divergences import Divergence, from_parameters
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
-SWEEPS = (None, "int8", "fp8")
 # On CPU: holds the logits of 90 tokens at V = 262,144 and of 180 at 129,280. Each pass over a head is shared by a chunk's tokens; with
 # fewer, 16-bit heads wait for memory (benchmarks/results/workspace.csv).
 WORKSPACE_MIB = 192
 # On a GPU a chunk's d_weight is read and written once, 8·V·D_s bytes against 2·n·V·(3·D_s + D_t) flops of its products: with 3 TB/s to 700
 # TFLOP/s and D_t = 2·D_s about 170/n of their time. This holds n = 800 tokens at V = 128,256.
 ACCELERATOR_WORKSPACE_MIB = 1024
-VOCAB_MISMATCH = ("error", "truncate")
 
 # Columns of a call's per-token results.
 TERMS = ("divergence", "cross_entropy", "z_loss")
@@ -31,20 +34,20 @@ TAIL_PROBABILITY = 1e-4  # `tail_mass` is the student's probability on entries t
 
 
 class Tensors(NamedTuple):
-    student_hidden: torch.Tensor  # (N, D_s)
-    student_weight: torch.Tensor  # (V, D_s)
-    student_bias: torch.Tensor | None  # (V,)
-    teacher_hidden: torch.Tensor | None  # (N, D_t)
-    teacher_weight: torch.Tensor | None  # (V, D_t)
-    teacher_bias: torch.Tensor | None  # (V,)
-    labels: torch.Tensor | None  # (N,) int64, NO_LABEL where there is none
-    coefficients: torch.Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
-    seed: torch.Tensor | None = None  # () int64, of the columns that are sampled; None where none are
+    student_hidden: Tensor  # (N, D_s)
+    student_weight: Tensor  # (V, D_s)
+    student_bias: Tensor | None  # (V,)
+    teacher_hidden: Tensor | None  # (N, D_t)
+    teacher_weight: Tensor | None  # (V, D_t)
+    teacher_bias: Tensor | None  # (V,)
+    labels: Tensor | None  # (N,) int64, NO_LABEL where there is none
+    coefficients: Tensor  # (N, 3) what each of TERMS is multiplied by; a row of zeros is skipped
+    seed: Tensor | None = None  # () int64, of the columns that are sampled; None where none are
     # Of a quantised sweep; see `quantised.quantise` for the heads' rows and scales.
-    student_quantised: torch.Tensor | None = None  # (V, D_s padded)
-    student_scales: torch.Tensor | None = None  # (V, 3) float32
-    teacher_quantised: torch.Tensor | None = None  # (V, D_t padded)
-    teacher_scales: torch.Tensor | None = None  # (V, 3) float32
+    student_quantised: Tensor | None = None  # (V, D_s padded)
+    student_scales: Tensor | None = None  # (V, 3) float32
+    teacher_quantised: Tensor | None = None  # (V, D_t padded)
+    teacher_scales: Tensor | None = None  # (V, 3) float32
 
 
 @dataclass(frozen=True)
@@ -56,34 +59,49 @@ class Problem:
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
     device: torch.device
-    divergence: Divergence | None  # None: no such term
-    cross_entropy: bool
-    z_loss: bool
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
-    student_logit_scale: float = 1.0
-    teacher_logit_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-    d_hidden: bool = True  # which gradients are asked for
+    options: Options = DEFAULTS
+    kd: bool = True  # which terms are asked for
+    cross_entropy: bool = False
+    z_loss: bool = False
+    d_hidden: bool = True  # which gradients are
     d_weight: bool = True
     d_bias: bool = False
-    column_fraction: float = 0.0  # of the vocabulary that gradient products go over, at most; 0: all of it
-    gradient_tolerance: float = 0.0  # relative error that the fraction is chosen by; 0: it is the fraction
-    sweep: str = ""  # "int8" or "fp8": logits are quantised, and sums over them corrected by the columns kept; "": they are exact
-    sweep_tolerance: float = math.inf  # standard error in nats, root mean square over a chunk, above which it is computed exactly
-    keeps_dz: bool = False  # sampled gradients are made in backward, from the columns of dz that forward keeps
-    listed: int = 0  # vocabulary entries that each token lists, at most: the loss is of those and of the sum of the others (`listed`)
+    deferred: bool = False  # gradients are made in backward
+    keeps_dz: bool = False  # from the columns of dz that forward keeps
     stats: bool = False
     compact: bool = False  # some tokens may be masked
+    listed: int = 0  # vocabulary entries that each token lists, at most: the loss is of those and of the sum of the others (`listed`)
     group: str = ""  # name of the process group whose ranks each have a shard of the vocabulary; "": it is whole
     shard_sizes: tuple[int, ...] = ()  # entries of each rank's shard, this one's `vocabulary`; () until the ranks have told each other
     shares_d_hidden: bool = False  # each rank is to get its own share of d_hidden, instead of the sum over all of them
-    workspace_mib: int = WORKSPACE_MIB
+
+    @classmethod
+    def of(cls, tensors: Tensors, options: Options, **asked: Any) -> Problem:
+        """The problem of these tensors; `asked`: all but their shapes, dtypes and device."""
+        student, teacher = tensors.student_hidden, tensors.teacher_hidden
+        return cls(
+            tokens=student.shape[0],
+            vocabulary=tensors.student_weight.shape[0],
+            student_dim=student.shape[1],
+            teacher_dim=0 if teacher is None else teacher.shape[1],
+            student_dtype=student.dtype,
+            teacher_dtype=student.dtype if teacher is None else teacher.dtype,
+            device=student.device,
+            options=options,
+            **asked,
+        )
+
+    @property
+    def divergence(self) -> Divergence | None:
+        return self.options.divergence if self.kd else None
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.student_dtype, self.teacher_dtype)
+
+    @property
+    def workspace_mib(self) -> int:
+        return workspace_mib(self.options, self.device)
 
     @property
     def gradient(self) -> bool:
@@ -94,7 +112,7 @@ class Problem:
         return sum(self.shard_sizes) if self.shard_sizes else self.vocabulary
 
     @property
-    def largest_shard(self) -> "Problem":
+    def largest_shard(self) -> Problem:
         """What is planned for, so that the ranks of a group go through the same chunks."""
         return replace(self, vocabulary=max(self.shard_sizes)) if self.shard_sizes else self
 
@@ -102,13 +120,13 @@ class Problem:
     def kept_columns(self) -> int:
         """Columns that a chunk's gradient products go over (at most, if chosen by the tolerance), and that correct a quantised sweep; 0:
         the exact products run."""
-        pays = self.tokens >= worthwhile.LEAST_TOKENS and (self.d_hidden or self.d_weight or self.sweep != "")
-        return worthwhile.kept_columns(self.vocabulary, self.column_fraction) if pays else 0
+        pays = self.tokens >= worthwhile.LEAST_TOKENS and (self.d_hidden or self.d_weight or self.options.sweep is not None)
+        return worthwhile.kept_columns(self.vocabulary, self.options.column_fraction) if pays else 0
 
     @property
     def swept(self) -> bool:
         """Whether logits are quantised: a sweep was asked for, and pays."""
-        return self.sweep != "" and self.kept_columns > 0
+        return self.options.sweep is not None and self.kept_columns > 0
 
     @property
     def can_keep_dz(self) -> bool:
@@ -120,7 +138,7 @@ class Problem:
         logits_bytes = 64 * 2 * (self.kept_columns if self.swept else self.vocabulary) * element
         fits = 2 * kept_bytes <= workspace and kept_bytes + logits_bytes <= workspace
         gradient = self.d_hidden or self.d_weight
-        excluded = self.gradient_tolerance or self.d_bias or self.group  # ranks of a group might not all have room
+        excluded = self.options.gradient_tolerance or self.d_bias or self.group  # ranks of a group might not all have room
         return bool(gradient and self.kept_columns and fits and not excluded)
 
 
@@ -129,189 +147,109 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def workspace(workspace_mib: int | None, device: torch.device) -> int:
-    """What was asked for, or the default of the device. Raises TypeError or ValueError unless it is None or a positive int."""
-    if workspace_mib is None:
-        return WORKSPACE_MIB if device.type == "cpu" else ACCELERATOR_WORKSPACE_MIB
-    integer("workspace_mib", workspace_mib, least=1)
-    return workspace_mib
+def workspace_mib(options: Options, device: torch.device) -> int:
+    """What was asked for, or the default of the device."""
+    if options.workspace_mib is not None:
+        return options.workspace_mib
+    return WORKSPACE_MIB if device.type == "cpu" else ACCELERATOR_WORKSPACE_MIB
 
 
-def finite_number(name, value, *, above=None, least=None, most=None, optional=False):
-    """Raises TypeError or ValueError unless `value` is a finite Python number within the bounds (or None where `optional`)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
-    wanted = " and".join(
-        f" {word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("at most", most)) if bound is not None
-    )
-    inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if not -math.inf < value < math.inf or not inside:  # by comparison, which a compiler can trace
-        raise ValueError(f"{name} must be a finite number{wanted}, got {value!r}")
-    if value != 0 and not 1e-18 <= abs(value) <= 1e18:  # so that its square is a normal float32
-        raise ValueError(f"{name} must be 0 or of a magnitude between 1e-18 and 1e18, got {value!r}")
+# A problem as a text. Its words are a dict's: options of the engine and ASKED fields, where they are not the default.
+ASKED = tuple(
+    field.name
+    for field in dataclasses.fields(Problem)
+    if field.default is not dataclasses.MISSING and field.name not in ("options", "listed", "shard_sizes")
+)
+_ASKED_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Problem) if field.name in ASKED}
+_SHAPING = ("column_fraction", "workspace_mib")  # numbers that decide shapes: constants of a graph, which is compiled anew for another
+_VARIES = "number "  # with its place among those that vary: stands for a number in the text
+_SOME_NUMBERS = (-1.2345678, 0.012345678, 0.12345678, 0.56789012, 1.2345678, 5.6789012, 12.345678, 123.45678)
+_STAND_IN = 0.5  # for such a number, where it is not known and decides nothing: no shape depends on one
 
 
-def integer(name, value, *, least=None):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def state(problem: Problem) -> tuple[str, Tensor | None]:
+    """(text, numbers) from which `read` makes the problem again.
+
+    numbers (k,) float64 on CPU, or None: what changes from call to call of a compiled graph, for instance a scheduled temperature. In the
+    text it would be a constant of the graph. As a float argument of a custom op it would be one too: torch's compiler keeps that of
+    another call in its caches (pytorch/pytorch#197889). Tensors are always those of the call.
+    """
+    said, numbers = [], []
+    for name, default in _ASKED_DEFAULTS.items():
+        value = getattr(problem, name)
+        if isinstance(default, bool):
+            value = True if value else False  # noqa: SIM210, a branch, which a compiler guards, where it has a symbol for bool(value)
+        if value != default:
+            said.append(f"{name!r}: {value!r}")
+    for name in ENGINE_NAMES:
+        value = getattr(problem.options, name)
+        if name == "divergence":
+            if problem.kd:
+                parameters = "".join([f"{_stated(parameter, numbers)}, " for parameter in value.parameters])
+                said.append(f"'divergence': ({value.name!r}, ({parameters}))")
+        elif name in _SHAPING:
+            if value is not None:
+                said.append(f"{name!r}: {_literal(value)}")
+        elif _varies(value) or value != getattr(DEFAULTS, name):
+            said.append(f"{name!r}: {_stated(value, numbers)}")
+    if not numbers:
+        return ", ".join(said), None
+    one = torch.ones((), dtype=torch.float64)
+    return ", ".join(said), torch.stack([one * number for number in numbers])
 
 
-def backend_name(value):
-    if not isinstance(value, str):
-        raise TypeError(f"backend must be a name, got {type(value).__name__}")
+def _varies(value: Any) -> bool:
+    """Whether a number is not a constant of the graph that is being compiled: the compiler cannot say of all of these whether it is one of
+    them. To ask is no guard. Where other guards leave a number little room it is taken for a constant, and the graph is compiled anew."""
+    if not torch.compiler.is_compiling() or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not all([statically_known_true(value != other) for other in _SOME_NUMBERS])
 
 
-def one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+def _stated(value: Any, numbers: list[Any]) -> str:
+    """As a Python literal; a number that varies is appended to `numbers`."""
+    if _varies(value):
+        numbers.append(value)
+        return f"'{_VARIES}{len(numbers) - 1}'"
+    return _literal(value)
 
 
-def check_sweep(sweep, column_fraction):
-    one_of("sweep", sweep, SWEEPS)
-    if sweep is not None and (column_fraction is None or column_fraction == "auto"):
-        raise ValueError(
-            f"sweep={sweep!r} is corrected by the columns that are computed exactly: pass column_fraction=0.08 or another number, "
-            f"got {column_fraction!r}"
-        )
+def _literal(value: Any) -> str:
+    # NumPy's floats are floats too, and print themselves otherwise.
+    return f"{float(value)!r}" if isinstance(value, float) else f"{value!r}"
 
 
-def check_options(
-    *, temperature, kd_weight, ce_weight, z_loss_weight, label_smoothing, student_logit_scale, teacher_logit_scale, student_softcap,
-    teacher_softcap, reduction, vocab_mismatch, column_fraction, gradient_tolerance, seed, sweep, sweep_tolerance, workspace_mib,
-    ignore_index,
-):  # fmt: skip
-    """Raises for an option that is not of the contract, and NotImplementedError for one that is but cannot be served yet."""
-    finite_number("temperature", temperature, above=0)
-    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_loss_weight", z_loss_weight)):
-        finite_number(name, value, least=0)
-    if kd_weight == ce_weight == z_loss_weight == 0:
-        raise ValueError("kd_weight, ce_weight and z_loss_weight are all 0: there is nothing to compute")
-    finite_number("label_smoothing", label_smoothing, least=0, most=1)
-    for name, value in (("student_logit_scale", student_logit_scale), ("teacher_logit_scale", teacher_logit_scale)):
-        finite_number(name, value)
-    for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
-        finite_number(name, value, above=0, optional=True)
-    one_of("reduction", reduction, REDUCTIONS)
-    one_of("vocab_mismatch", vocab_mismatch, VOCAB_MISMATCH)
-    integer("ignore_index", ignore_index)
-    if workspace_mib is not None:
-        integer("workspace_mib", workspace_mib, least=1)
-    if seed is not None:
-        integer("seed", seed, least=0)
-        if seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {seed}")
-    if column_fraction == "auto":
-        finite_number("gradient_tolerance", gradient_tolerance, above=0)
-    elif gradient_tolerance is not None:
-        raise ValueError(f'gradient_tolerance is for column_fraction="auto", but column_fraction is {column_fraction!r}')
-    elif column_fraction is not None:
-        finite_number("column_fraction", column_fraction, above=0, most=1)
-    finite_number("sweep_tolerance", sweep_tolerance, above=0, optional=True)
-    check_sweep(sweep, column_fraction)
-
-def check_sharded(column_fraction, sweep, vocab_mismatch):
-    """Raises NotImplementedError for options that need the whole vocabulary on one rank."""
-    if column_fraction == "auto":
-        raise NotImplementedError('column_fraction="auto" is not available for a vocabulary in shards; pass a number')
-    if sweep is not None:
-        raise NotImplementedError("a quantised sweep is not available for a vocabulary in shards; pass sweep=None")
-    if vocab_mismatch != "error":
-        raise NotImplementedError('vocab_mismatch="truncate" is not available for a vocabulary in shards; truncate the heads before')
+def read(text: str, numbers: Tensor | None, tensors: Tensors, listed: int = 0) -> Problem:
+    """The problem that was stated, of these tensors. While a graph is traced the values of `numbers` are not known, and stood in for."""
+    asked, options = _read(text)
+    if numbers is not None:
+        known = type(numbers) is Tensor
+        values = numbers.tolist() if known else [_STAND_IN] * len(numbers)
+        options = _options({name: _filled(value, values) for name, value in options.items()})
+    return Problem.of(tensors, options, listed=listed, **asked)
 
 
-def check_matrix(name, tensor, dim=None):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if (dim is None and tensor.dim() < 1) or (dim is not None and tensor.dim() != dim):
-        raise ValueError(
-            f"{name} must have {'at least 1 dimension' if dim is None else f'{dim} dimensions'}, got shape {tuple(tensor.shape)}"
-        )
+@functools.lru_cache(maxsize=256)
+def _read(text: str) -> tuple[dict[str, Any], Any]:
+    """(asked, options): an `Options`, or a dict if some numbers have to be filled in."""
+    said = ast.literal_eval(f"{{{text}}}")
+    asked = {name: said.pop(name) for name in ASKED if name in said}
+    return asked, said if f"'{_VARIES}" in text else _options(said)
 
 
-def autocast_dtype(tensor):
-    """The dtype in which a linear layer would take this tensor here."""
-    device = tensor.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64
-    return torch.get_autocast_dtype(device) if casts else tensor.dtype
+def _options(said: dict[str, Any]) -> Options:
+    if "divergence" in said:
+        said = said | {"divergence": from_parameters(*said["divergence"])}
+    return Options(**said)
 
 
-def check_head(prefix, hidden, weight, bias):
-    """Hidden states, head and bias of one model fit together. `prefix` of their names: "student_", "teacher_" or none."""
-    check_matrix(f"{prefix}hidden", hidden)
-    if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
-        raise ValueError(
-            f"{prefix}weight is a parameter of shape {tuple(weight.ds_shape)} of which DeepSpeed's ZeRO-3 has left {tuple(weight.shape)} "
-            "here; call the loss, and its backward, under deepspeed.zero.GatheredParameters, or inside of the engine's forward"
-        )
-    check_matrix(f"{prefix}weight", weight, 2)
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{prefix}hidden has {hidden.shape[-1]} features (shape {tuple(hidden.shape)}) but {prefix}weight has "
-            f"{weight.shape[1]} columns (shape {tuple(weight.shape)}); wanted hidden (..., D) and weight (V, D)"
-        )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{prefix}weight is empty: shape {tuple(weight.shape)} (a sharded head has to be gathered first)")
-    if autocast_dtype(hidden) != autocast_dtype(weight):
-        raise TypeError(
-            f"{prefix}hidden is {hidden.dtype} but {prefix}weight is {weight.dtype}; cast one, or call under torch.autocast, "
-            "which casts both (float64 excepted)"
-        )
-    if bias is not None:
-        check_matrix(f"{prefix}bias", bias, 1)
-        if bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"{prefix}bias has {bias.shape[0]} entries but {prefix}weight has {weight.shape[0]} rows")
+def _filled(value: Any, numbers: list[float]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_filled(part, numbers) for part in value)
+    return numbers[int(value.removeprefix(_VARIES))] if isinstance(value, str) and value.startswith(_VARIES) else value
 
 
-def check_tokens(name, tensor, shape, dtypes, wanted):
-    """A tensor with one entry for each token."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have one entry for each token, shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def check_devices(tensors: dict):
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError("all tensors must be on one device, got " + ", ".join(f"{name} on {device}" for name, device in devices.items()))
-
-
-def check_teacher(tensors: dict):
-    """The teacher is a constant here; a gradient that silently stayed zero would be worse than an error."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires grad, but the teacher gets no gradient here: run the teacher under torch.no_grad() and call "
-                f"teacher.requires_grad_(False), or pass {name}.detach()"
-            )
-
-
-def shared_vocabulary(student_weight, teacher_weight, vocab_mismatch):
-    """Rows of the heads that both have, or ValueError if they differ and were not said to be cut."""
-    rows = student_weight.shape[0], teacher_weight.shape[0]
-    if rows[0] != rows[1] and vocab_mismatch == "error":
-        raise ValueError(
-            f"student_weight has {rows[0]} rows but teacher_weight has {rows[1]}; if the first {min(rows)} entries mean the same tokens, "
-            'pass vocab_mismatch="truncate" to compare those, renormalised'
-        )
-    return min(rows)
-
-
-NO_LABEL = torch.iinfo(torch.int64).min  # stands for ignore_index below the public API, where no label can be mistaken for it
-
-
-def check_labels(name, labels, vocabulary):
-    """Labels (N,) index the vocabulary or are NO_LABEL. It reads them, which elsewhere than on CPU would wait for the device."""
-    if labels is None or labels.device.type != "cpu":
-        return
-    wrong = labels[((labels < 0) & (labels != NO_LABEL)) | (labels >= vocabulary)]
-    if wrong.numel():
-        raise ValueError(f"{name} must be at least 0 and below the vocabulary size {vocabulary}, or ignore_index, got {int(wrong[0])}")
+def restated(text: str, **changed: Any) -> str:
+    """The text of the same problem but for some options or ASKED fields; its numbers stay the same."""
+    said = ast.literal_eval(f"{{{text}}}") | changed
+    return ", ".join(f"{name!r}: {value!r}" for name, value in said.items())

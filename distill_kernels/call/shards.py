@@ -23,13 +23,14 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from distill_kernels.call.options import ENGINE_NAMES
 from distill_kernels.call.problem import Problem, Tensors
 
 # By their names of torch 2.13, or those before; None in a torch that was built without them, which has no groups either.
 _all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or getattr(distributed, "reduce_scatter_tensor", None)
 # Fields of a problem that are each rank's own.
-_OWN = ("vocabulary", "device", "group", "shard_sizes")
+_OWN = ("vocabulary", "device", "group", "shard_sizes", "options")
 _PLACES = 16  # of a tensor's entries, that are compared to see whether all ranks hold the same tokens
 # How far an entry may be off: ranks may have run the models each for itself, and rounded otherwise.
 _TOLERANCE = 0.1
@@ -41,6 +42,7 @@ _WORDS = {
     "d_weight": "student_weight.requires_grad",
     "d_bias": "student_bias.requires_grad",
     "group": "process_group",
+    "kd": "kd_weight",
     "z_loss": "z_loss_weight",
     "cross_entropy": "ce_weight",
     "shares_d_hidden": "sequence_parallel",
@@ -114,9 +116,9 @@ def join(problem: Problem, tensors: Tensors, backend: str) -> Problem:
     shards = Shards.of(problem)
     if shards is None:
         return problem
-    options = {field.name: getattr(problem, field.name) for field in fields(problem) if field.name not in _OWN} | {"backend": backend}
-    if problem.divergence is not None:
-        options["divergence"] = problem.divergence.name, problem.divergence.parameters
+    options = {field.name: getattr(problem, field.name) for field in fields(problem) if field.name not in _OWN}
+    options |= {name: getattr(problem.options, name) for name in ENGINE_NAMES} | {"backend": backend}
+    options["divergence"] = (problem.options.divergence.name, problem.options.divergence.parameters) if problem.kd else None
     options |= {f"{name}, or none,": tensor is None for name, tensor in tensors._asdict().items()}
     exact = {"labels": _checksum(tensors.labels), "mask": _checksum((tensors.coefficients != 0).long())}
     close = {"token_weight, num_items or weight of a term": (_weighted_sums(tensors.coefficients), 1e-5)}

@@ -9,8 +9,9 @@ MOST_FRACTION = 0.4
 FRACTIONS = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 
-def kept_columns(vocabulary: int, fraction: float) -> int:
-    """K, or 0 where the exact products are to run: no fraction was given, or sampling would not be faster."""
-    if not fraction or vocabulary < LEAST_VOCABULARY or fraction > MOST_FRACTION:
+def kept_columns(vocabulary: int, fraction: float | str | None) -> int:
+    """K, or 0 where the exact products are to run: no fraction was given, or sampling would not be faster. The most of "auto"."""
+    share = FRACTIONS[-1] if isinstance(fraction, str) else fraction
+    if not share or vocabulary < LEAST_VOCABULARY or share > MOST_FRACTION:
         return 0
-    return max(1, round(fraction * vocabulary))
+    return max(1, round(share * vocabulary))

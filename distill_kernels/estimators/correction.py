@@ -116,9 +116,9 @@ class Correction(Library):
         self.problem, self.chunk, self.trust, self.vocabulary = problem, chunk, trust, problem.vocabulary
 
         def model(prefix, hidden):
-            rows, row_scales = quantised.quantise(hidden, problem.sweep)
+            rows, row_scales = quantised.quantise(hidden, problem.options.sweep)
             weight, bias, head, head_scales = (getattr(tensors, f"{prefix}_{part}") for part in ("weight", "bias", "quantised", "scales"))
-            scale, softcap = getattr(problem, f"{prefix}_logit_scale"), getattr(problem, f"{prefix}_softcap")
+            scale, softcap = getattr(problem.options, f"{prefix}_logit_scale"), getattr(problem.options, f"{prefix}_softcap")
             bias = None if bias is None else bias.float()
             return Model(hidden, weight, bias, rows, row_scales, head, head_scales, scale, softcap)
 
@@ -133,7 +133,7 @@ class Correction(Library):
 
     def gather(self, columns, weights, out):
         """Corrects the sums by the exact logits of the columns, writes terms, errors and stats, and the columns of dz."""
-        tokens, tempered = len(self.chunk.terms), 1 / self.problem.temperature
+        tokens, tempered = len(self.chunk.terms), 1 / self.problem.options.temperature
         parts = [self._exact(part) for part in columns.split(PANEL)]
         x, y = (torch.cat(kept, 1) for kept in zip(*parts, strict=True))
         y = x if self.teacher is None else y
@@ -209,7 +209,7 @@ class Correction(Library):
 
     def masses(self, x, y):
         """Of logits (n, m)."""
-        inverse = 1 / self.problem.temperature
+        inverse = 1 / self.problem.options.temperature
         log_q, log_p = x * inverse - self.references.student, y * inverse - self.references.teacher
         q, p, q1 = log_q.exp(), log_p.exp(), (x - self.references.untempered).exp()
         value = slope = torch.zeros_like(q)
@@ -245,7 +245,7 @@ class Correction(Library):
     def _exactly(self):
         """The same without a sweep: log-sum-exps over exact logits, a panel at a time, and then the sums of log-probabilities."""
         panels = [slice(begin, begin + PANEL) for begin in range(0, self.vocabulary, PANEL)]
-        inverse = 1 / self.problem.temperature
+        inverse = 1 / self.problem.options.temperature
 
         def logits(panel):
             x, y = self._exact(panel)
@@ -296,10 +296,10 @@ class Correction(Library):
                 chunk.stats[:, 1:2] = nll
             push = ce * ((bare >= LOG_PROBABILITY_FLOOR) & has_label)
             pull = pull + push
-        self.factors = Factors(*lse, slope, kd / problem.temperature, pull, push)
+        self.factors = Factors(*lse, slope, kd / problem.options.temperature, pull, push)
 
     def _dz(self, x, y, columns):
-        problem, factors, inverse = self.problem, self.factors, 1 / self.problem.temperature
+        problem, factors, inverse = self.problem, self.factors, 1 / self.problem.options.temperature
         dz = torch.zeros_like(x)
         if problem.divergence is not None:
             bare_q = x * inverse - factors.student
@@ -310,6 +310,6 @@ class Correction(Library):
             dz = dz + factors.pull * (x - factors.untempered).exp()
             if problem.cross_entropy:
                 dz = dz - factors.push * (columns == self.chunk.labels[:, None])
-        if problem.student_softcap is not None:
-            dz = dz * (1 - (x / problem.student_softcap).square())
-        return dz * problem.student_logit_scale
+        if problem.options.student_softcap is not None:
+            dz = dz * (1 - (x / problem.options.student_softcap).square())
+        return dz * problem.options.student_logit_scale

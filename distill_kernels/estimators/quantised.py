@@ -10,8 +10,8 @@ the difference estimator of survey sampling (Cassel, Särndal and Wretman 1976; 
 unbiased whatever the swept values are, if π_v is positive where they differ: the sweep is a control variate, and a coarse or stale one
 costs variance, not truth. Corrected are Σ exp(y), Σ exp(x) of the tempered logits, Σ exp(z) of the student's untempered ones, and
 Σ value and Σ slope of a divergence that can be renormalised (`divergences.renormalised_by`): forward and reverse KL. The others sum
-functions of log-probabilities, which no sweep knows before its end; they are refused, as is label smoothing, whose sum of all logits has
-its weight where nothing is kept. The label's own logit is exact.
+functions of log-probabilities, which no sweep knows before its end. They are refused (`Options.check_sweep`), and so is label smoothing,
+whose sum of all logits has its weight where nothing is kept. The label's own logit is exact.
 
 A token's loss is a smooth function F of those sums. With δ_v the vector of differences at column v and c = ∇F at the corrected sums, its
 squared standard error is, for columns kept independently of each other (of which systematic sampling does not do worse here: tested),
@@ -38,7 +38,6 @@ import math
 import torch
 
 from distill_kernels.call.problem import Problem, Tensors
-from distill_kernels.divergences import Divergence
 
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # largest magnitude
 BLOCK = 64  # entries of a row that are turned together; rows are padded to whole blocks
@@ -49,27 +48,6 @@ AGREEMENT = 0.1  # weight of (p̃ + q̃)² in a column's score
 MOST_NOISE = 1.0
 # Of the error of rounding to a step of 1 (int8); of float8's three bits of mantissa relative to the number, at the worst.
 STEP_ERROR = {"int8": 1 / math.sqrt(12), "fp8": 2.0**-4 / math.sqrt(3)}
-
-
-def why_not(divergence: Divergence | None, smoothed: bool, dtype: torch.dtype = torch.float32) -> str | None:
-    """None if sums of a divergence, and of a smoothed cross entropy, can be corrected in the compute dtype, else the reason in words."""
-    if divergence is not None and not divergence.one_pass:
-        return (
-            f"{divergence} is summed over log-probabilities, which a sweep does not know before its end; forward_kl and reverse_kl can be "
-            "renormalised afterwards"
-        )
-    if smoothed:
-        return "label_smoothing sums the log-probabilities of the whole vocabulary alike, which a few columns cannot correct"
-    if dtype is not torch.float32:
-        return "float64 inputs want float64, not 8 bits"
-    return None
-
-
-def check(sweep: str | None, *sums):
-    """Raises NotImplementedError where `why_not` has a reason."""
-    reason = why_not(*sums) if sweep else None
-    if reason:
-        raise NotImplementedError(f"sweep={sweep!r}: {reason}; pass None for the exact one")
 
 
 def signs(dim: int, device=None) -> torch.Tensor:
@@ -124,9 +102,10 @@ def quantise(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
 def pilot(problem: Problem, tensors: Tensors) -> torch.Tensor:
     """(P,) int64, ascending: the entries likeliest under the mean hidden state of the tokens that count, the teacher's if there is one."""
     hidden, weight, bias = tensors.student_hidden, tensors.student_weight, tensors.student_bias
-    scale = problem.student_logit_scale
+    scale = problem.options.student_logit_scale
     if problem.teacher_dim:
-        hidden, weight, bias, scale = tensors.teacher_hidden, tensors.teacher_weight, tensors.teacher_bias, problem.teacher_logit_scale
+        hidden, weight, bias = tensors.teacher_hidden, tensors.teacher_weight, tensors.teacher_bias
+        scale = problem.options.teacher_logit_scale
     counts = (tensors.coefficients != 0).any(-1, keepdim=True)
     total = torch.zeros(hidden.shape[1], dtype=torch.float32, device=hidden.device)
     for rows, count in zip(hidden.split(MEAN_ROWS), counts.split(MEAN_ROWS), strict=True):
@@ -155,11 +134,13 @@ class Trust:
         """
         errors, noisy = chunk.errors, self._noisy(student_scales, "student") | self._noisy(teacher_scales, "teacher")
         errors.add_(torch.where(noisy[:, None], math.inf, 0.0))  # what is not a number stays that
-        if errors.is_cuda and (math.isinf(self.problem.sweep_tolerance) or torch.cuda.is_current_stream_capturing()):
+        tolerance = self.problem.options.sweep_tolerance
+        if errors.is_cuda and (tolerance is None or torch.cuda.is_current_stream_capturing()):
             return False
         of_terms = torch.stack((chunk.coefficients[:, 0] != 0, (chunk.coefficients[:, 1:] != 0).any(-1)), -1)
         counted = torch.where(of_terms, errors, 0)  # what counts for nothing may err
-        return not bool(counted.square().mean(0).max() <= self.problem.sweep_tolerance**2)  # a NaN exceeds, too
+        most = math.inf if tolerance is None else tolerance**2
+        return not bool(counted.square().mean(0).max() <= most)  # a NaN exceeds, too
 
     def _noisy(self, scales, model) -> torch.Tensor | bool:
         """(n,) tokens whose rounding errors leave no estimate of a standard error to be trusted."""
@@ -172,11 +153,12 @@ def noise(problem: Problem, scales: torch.Tensor, typical: torch.Tensor, model: 
 
     Errors of single products are independent, uniform, and in float8 relative to the number.
     """
-    step = STEP_ERROR[problem.sweep]
-    if problem.sweep == "fp8":
+    step = STEP_ERROR[problem.options.sweep]
+    if problem.options.sweep == "fp8":
         error = math.sqrt(2) * step * scales[:, 2] * typical[2] / math.sqrt(getattr(problem, f"{model}_dim"))
     else:
         error = step * torch.hypot(scales[:, 0] * typical[2], scales[:, 2] * typical[0])
     # Cross entropy and z-loss are of the untempered logits.
     untempered = model == "student" and (problem.cross_entropy or problem.z_loss)
-    return abs(getattr(problem, f"{model}_logit_scale")) * error / (min(problem.temperature, 1.0) if untempered else problem.temperature)
+    scale, temperature = getattr(problem.options, f"{model}_logit_scale"), problem.options.temperature
+    return abs(scale) * error / (min(temperature, 1.0) if untempered else temperature)

@@ -26,7 +26,7 @@ def sampled_bytes(problem: Problem, library: bool) -> tuple[int, int]:
     kept, element = problem.kept_columns, problem.compute_dtype.itemsize
     if not kept:
         return 0, 0
-    of_vocabulary = 48 if library or problem.gradient_tolerance else 16
+    of_vocabulary = 48 if library or problem.options.gradient_tolerance else 16
     token_bytes, row_bytes = element * kept, 0
     if library:
         token_bytes += element * (kept + problem.student_dim)
@@ -54,7 +54,7 @@ class Sampler:
     """
 
     def __init__(self, problem: Problem, tensors: Tensors, plan):
-        self.kept, self.tolerance, self.vocabulary = problem.kept_columns, problem.gradient_tolerance, problem.vocabulary
+        self.kept, self.tolerance, self.vocabulary = problem.kept_columns, problem.options.gradient_tolerance, problem.vocabulary
         self.exact = False  # no fraction was good enough for the tolerance
         self.space = None
         if self.kept:

@@ -108,8 +108,8 @@ def dz_scale(problem: Problem, coefficients):
     if not coefficients.numel():
         return coefficients.new_ones(())
     kd, ce, z_loss = coefficients.abs().amax(0).double().unbind()
-    student_scale, teacher_scale = abs(problem.student_logit_scale), abs(problem.teacher_logit_scale)
+    student_scale, teacher_scale = abs(problem.options.student_logit_scale), abs(problem.options.teacher_logit_scale)
     # A temperature above the scale of the logits flattens both softmaxes: the difference that is left goes with its inverse.
-    flattened = min(1.0, max(1.0, student_scale, teacher_scale) / problem.temperature)
-    largest = student_scale * torch.maximum(kd * (flattened / problem.temperature), torch.maximum(ce, 2 * z_loss))
+    flattened = min(1.0, max(1.0, student_scale, teacher_scale) / problem.options.temperature)
+    largest = student_scale * torch.maximum(kd * (flattened / problem.options.temperature), torch.maximum(ce, 2 * z_loss))
     return torch.where(largest > 0, torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-126, 126)), 1.0).float()

@@ -76,7 +76,7 @@ class Plan:
 def keeps_logits(problem: Problem) -> tuple[bool, str]:
     """Whether the logits of a chunk outlive the tile that they are made on, and why."""
     if problem.swept:
-        return False, f"the {problem.sweep} sweep sums what it makes and keeps no logits but those of a few columns, exact"
+        return False, f"the {problem.options.sweep} sweep sums what it makes and keeps no logits but those of a few columns, exact"
     if problem.gradient:
         return True, "gradients are made from logits once the log-sum-exps are known; keeping those saves 1S + 1T"
     if problem.divergence is not None and not problem.divergence.one_pass:
@@ -89,7 +89,7 @@ def keeps_logits(problem: Problem) -> tuple[bool, str]:
 def _of_columns(problem: Problem) -> str:
     if not problem.kept_columns:
         return ""
-    most = "at most " if problem.gradient_tolerance else ""
+    most = "at most " if problem.options.gradient_tolerance else ""
     kept = f"{most}{problem.kept_columns} of {problem.vocabulary} columns, drawn for each chunk"
     until = ", and kept for backward" if problem.keeps_dz else ""
     if problem.swept:

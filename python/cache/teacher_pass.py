@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distill_kernels.api.cache import int8_rows
 from distill_kernels.api.cache.layout import DTYPES, CachePlan
-from distill_kernels.api.losses.distillation import token_logprobs
+from distill_kernels.api.losses.logprobs import token_logprobs
 from distill_kernels.api.models.backbone import BackboneOutput
-from distill_kernels.call import problem as contract
+from distill_kernels.call.options import Options
+from distill_kernels.call.problem import Problem, Tensors
 from distill_kernels.products import Products, apply_head
 
 PAD_ID = 0  # any id of the vocabulary: masked, and after all that is kept of its row
@@ -65,16 +66,13 @@ def restore_hidden(hidden: Tensor, scale: Tensor | None, dim: int, dtype: torch.
 
 def _top_k(output: BackboneOutput, hidden: Tensor, ids: Tensor, plan: CachePlan, workspace_mib: int | None) -> dict[str, Tensor]:
     tokens, vocabulary = len(hidden), len(output.weight)
-    workspace_bytes = contract.workspace(workspace_mib, hidden.device) * 2**20
+    nothing = hidden.new_empty(0)
+    tensors = Tensors(hidden, output.weight, None, None, None, None, None, nothing)
+    problem = Problem.of(tensors, Options(workspace_mib=workspace_mib), kd=False, cross_entropy=True)
+    workspace_bytes = problem.workspace_mib * 2**20
     # The logits, their exponentials, and what a search for the largest takes.
     chunk = max(1, min(tokens, workspace_bytes // (4 * 4 * vocabulary)))
-    products = Products(
-        contract.Problem(
-            tokens=chunk, vocabulary=vocabulary, student_dim=hidden.shape[1], teacher_dim=0, student_dtype=output.weight.dtype,
-            teacher_dtype=output.weight.dtype, device=hidden.device, divergence=None, cross_entropy=True, z_loss=False,
-        ),
-        hidden.device,
-    )  # fmt: skip
+    products = Products(problem, hidden.device)
     logits = torch.empty(chunk, vocabulary, device=hidden.device)
     made = {name: torch.empty(tokens, *shape, dtype=dtype, device=hidden.device) for name, (dtype, shape) in plan.token_columns().items()}
     for begin in range(0, tokens, chunk):

@@ -16,7 +16,7 @@ from distill_kernels.api.cache.layout import CacheError, CachePlan
 from distill_kernels.api.cache.token_rows import TokenRows
 from distill_kernels.api.cache.whole_files import WriterLock, write_whole
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
-from distill_kernels.call import problem as contract
+from distill_kernels.call import checks
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def write_teacher_cache(
     """
     layout.check_packages("safetensors", *(["tqdm"] if progress else []))
     rank, world_size = _place(rank, world_size)
-    contract.finite_number("temperature", temperature, above=0)
-    contract.finite_number("shard_mib", shard_mib, above=0)
-    contract.integer("batch_size", batch_size, least=1)
+    checks.finite_number("temperature", temperature, above=0)
+    checks.finite_number("shard_mib", shard_mib, above=0)
+    checks.integer("batch_size", batch_size, least=1)
     rows = TokenRows.of(rows)
     run, fingerprint = _teacher(teacher, fingerprint)
     with torch.no_grad():
@@ -147,8 +147,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    contract.integer("rank", rank, least=0)
-    contract.integer("world_size", world_size, least=1)
+    checks.integer("rank", rank, least=0)
+    checks.integer("world_size", world_size, least=1)
     if rank >= world_size:
         raise CacheError(f"rank is {rank}, wanted less than world_size, {world_size}")
     return rank, world_size

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 import torch
 
 from distill_kernels import divergences
-from distill_kernels.api.losses.distillation import SIGNATURE
-from distill_kernels.call import problem
+from distill_kernels.call import checks
+from distill_kernels.call.options import DEFAULTS
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in problem.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.DTYPES}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def add_loss_options(parser: Parser, leave_out: Collection[str] = ()) -> None:
     for name, (kind, words) in LOSS_OPTIONS.items():
         if name in leave_out:
             continue
-        default, flag = SIGNATURE.parameters[name].default, name.replace("_", "-")
+        default, flag = getattr(DEFAULTS, name), name.replace("_", "-")
         if kind is bool:
             group.add_argument(f"--no-{flag}", dest=name, action="store_false", help=words)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from distill_kernels.api.command_line.arguments import add_command, add_loss_options, device, loss_options, speaking_json
 from distill_kernels.api.runs import training_run
 from distill_kernels.api.runs.inputs import PRECISIONS, Settings
-from distill_kernels.listed import TAILS
+from distill_kernels.call.options import TAILS
 
 
 def add(commands) -> None:

@@ -1,27 +1,35 @@
-"""The losses: what a training loop calls. Flattening, masks, reduction and autocast are done here, everything else below."""
+"""The loss of a teacher's hidden states: what a training loop calls. Masks, reduction and autocast are done here, everything else below."""
 
-import inspect
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api.losses import per_token, prepared_heads, vocabulary_shards
-from distill_kernels.call import problem as contract
-from distill_kernels.call.worthwhile import FRACTIONS
-from distill_kernels.divergences import STUDENT_ENTROPY, resolve
-from distill_kernels.estimators import quantised as sweeps
+from distill_kernels.api.losses import per_token, vocabulary_shards
+from distill_kernels.api.losses.inputs import Inputs
+from distill_kernels.api.losses.prepared_heads import PreparedHead, quantised
+from distill_kernels.api.losses.vocabulary_shards import Spread
+from distill_kernels.call import checks
+from distill_kernels.call.options import DEFAULTS, DENSE_NAMES, Options
+from distill_kernels.call.problem import STATS, Tensors
+from distill_kernels.divergences import Divergence, resolve
 from distill_kernels.ops import whole_vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
 
 
 def distillation_loss(
     student_hidden: Tensor,  # (..., D_s)
-    student_weight: Tensor | prepared_heads.PreparedHead,  # (V, D_s)
+    student_weight: Tensor | PreparedHead,  # (V, D_s)
     teacher_hidden: Tensor | None,  # (..., D_t)
-    teacher_weight: Tensor | prepared_heads.PreparedHead | None,  # (V, D_t)
+    teacher_weight: Tensor | PreparedHead | None,  # (V, D_t)
     labels: Tensor | None = None,  # (...)
     *,
-    divergence="forward_kl",
+    divergence: str | Divergence = "forward_kl",
     temperature: float = 1.0,
     temperature_squared: bool = True,
     kd_weight: float = 1.0,
@@ -46,7 +54,7 @@ def distillation_loss(
     sweep_tolerance: float | None = 0.02,
     backend: str = "auto",
     workspace_mib: int | None = None,
-    process_group=None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
     """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
@@ -122,7 +130,43 @@ def distillation_loss(
         >>> loss = distillation_loss(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96), temperature=2.0)
         >>> loss.backward()
     """
-    return _over_ranks(**locals(), stats=False)[0]
+    inputs = Inputs(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        labels=labels,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        num_items=num_items,
+    )
+    options = Options(
+        divergence=resolve(divergence),
+        temperature=temperature,
+        temperature_squared=temperature_squared,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        z_loss_weight=z_loss_weight,
+        label_smoothing=label_smoothing,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        vocab_mismatch=vocab_mismatch,
+        column_fraction=column_fraction,
+        gradient_tolerance=gradient_tolerance,
+        seed=seed,
+        sweep=sweep,
+        sweep_tolerance=sweep_tolerance,
+        backend=backend,
+        workspace_mib=workspace_mib,
+        process_group=process_group,
+        sequence_parallel=sequence_parallel,
+    )
+    return _over_ranks(inputs, options, stats=False)[0]
 
 
 @dataclass(frozen=True)
@@ -149,10 +193,22 @@ class DistillationStats:
     def mean(self) -> dict[str, Tensor]:
         """Means over valid tokens, 0-d tensors."""
         count = self.valid.sum().clamp(min=1)
-        return {name: getattr(self, name).sum() / count for name in contract.STATS}
+        return {name: getattr(self, name).sum() / count for name in STATS}
 
 
-def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationStats]:
+def distillation_loss_and_stats(
+    student_hidden: Tensor,  # (..., D_s)
+    student_weight: Tensor | PreparedHead,  # (V, D_s)
+    teacher_hidden: Tensor | None,  # (..., D_t)
+    teacher_weight: Tensor | PreparedHead | None,  # (V, D_t)
+    labels: Tensor | None = None,  # (...)
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    token_weight: Tensor | None = None,  # (...)
+    num_items: int | Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, DistillationStats]:
     """`distillation_loss` with the same arguments, and per-token diagnostics from the same pass.
 
     Example
@@ -160,12 +216,12 @@ def distillation_loss_and_stats(*args, **options) -> tuple[Tensor, DistillationS
         >>> loss, stats = distillation_loss_and_stats(hidden, head, torch.randn(2, 8, 96), torch.randn(1000, 96))
         >>> agreement = stats.mean()["top1_agreement"]
     """
-    call = SIGNATURE.bind(*args, **options)
-    call.apply_defaults()
-    return _over_ranks(**call.arguments, stats=True)
-
-
-SIGNATURE = inspect.signature(distillation_loss)
+    inputs = Inputs(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items
+    )  # fmt: skip
+    loss, stats = _over_ranks(inputs, Options.of(**options), stats=True)
+    assert stats is not None
+    return loss, stats
 
 
 class DistillationLoss(nn.Module):
@@ -176,181 +232,85 @@ class DistillationLoss(nn.Module):
         >>> loss = loss_fn(torch.randn(8, 64), torch.randn(1000, 64), torch.randn(8, 96), torch.randn(1000, 96))
     """
 
-    # What belongs to a batch is passed to forward.
-    PER_CALL = ("student_bias", "teacher_bias", "token_weight", "num_items")
-
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        allowed = [p.name for p in SIGNATURE.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in self.PER_CALL]
-        unknown = sorted(set(options) - set(allowed))
-        if unknown:
-            raise TypeError(f"DistillationLoss has no option {', '.join(unknown)}; its options are {', '.join(allowed)}")
-        self.options = options
-        defaults = {name: SIGNATURE.parameters[name].default for name in allowed}
-        _check_options({**defaults, **options})
-        vocabulary_shards.check(options.get("process_group"), options.get("sequence_parallel", False))
+        self.options = Options.of(**options)
 
-    def forward(self, student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, **per_call) -> Tensor:
-        """per_call: student_bias, teacher_bias, token_weight, num_items; see `distillation_loss`."""
-        unknown = sorted(set(per_call) - set(self.PER_CALL))
-        if unknown:
-            raise TypeError(f"DistillationLoss takes {', '.join(self.PER_CALL)} at the call, not {', '.join(unknown)}")
-        return distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **self.options, **per_call)
+    def forward(
+        self,
+        student_hidden: Tensor,  # (..., D_s)
+        student_weight: Tensor | PreparedHead,  # (V, D_s)
+        teacher_hidden: Tensor | None,  # (..., D_t)
+        teacher_weight: Tensor | PreparedHead | None,  # (V, D_t)
+        labels: Tensor | None = None,  # (...)
+        *,
+        student_bias: Tensor | None = None,  # (V,)
+        teacher_bias: Tensor | None = None,  # (V,)
+        token_weight: Tensor | None = None,  # (...)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        """See `distillation_loss`."""
+        inputs = Inputs(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items
+        )  # fmt: skip
+        return _over_ranks(inputs, self.options, stats=False)[0]
 
-    def extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def token_logprobs(
-    hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    token_ids: Tensor,  # (...)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    backend: str = "auto",
-    workspace_mib: int | None = None,
-    process_group=None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
-
-    q = softmax(softcap(logit_scale · (hidden · weightᵀ + bias)) / temperature); returns (log q_id (...), −Σ q·log q (...)) in nats,
-    float32 (float64 for float64 inputs). Costs 1S forward and 3S backward. Arguments and errors as in `distillation_loss`; positions
-    whose id is `ignore_index` give 0 and cost nothing.
-
-    Example
-        >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)
-        >>> logprobs, entropies = token_logprobs(hidden, head, torch.randint(1000, (2, 8)))
-        >>> (-logprobs - 0.01 * entropies).mean().backward()
-    """
-    local, spread = vocabulary_shards.localised({"student_weight": weight, "student_bias": bias}, process_group, False)
-    weight, bias = local["student_weight"], local["student_bias"]
-    per_token.check_logprobs(hidden, weight, bias, temperature, logit_scale, softcap, backend)
-    contract.integer("ignore_index", ignore_index)
-    workspace_mib = contract.workspace(workspace_mib, hidden.device)
-    contract.check_tokens("token_ids", token_ids, hidden.shape[:-1], (torch.int64,), "int64")
-    contract.check_devices({"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids})
-    valid = token_ids != ignore_index
-    token_ids = per_token.marked("token_ids", token_ids, valid, None if spread.group else weight.shape[0])
-    coefficients = per_token.per_term(valid.reshape(-1), 1.0, 1.0, 0.0)
-    tensors = per_token.flat(hidden, weight, bias, None, None, None, token_ids, coefficients)
-    problem = per_token.problem(
-        tensors,
-        divergence=STUDENT_ENTROPY,
-        cross_entropy=True,
-        z_loss=False,
-        # z / temperature, for cap/τ · tanh((scale/τ)·a / (cap/τ)) = softcap(scale·a) / τ.
-        student_logit_scale=logit_scale / temperature,
-        student_softcap=None if softcap is None else softcap / temperature,
-        compact=True,
-        group=spread.group,
-        workspace_mib=workspace_mib,
-    )
-    terms = whole_vocabulary.run(problem, tensors, backend=backend, deferred=True).terms
-    terms = terms * coefficients  # so that no gradient reaches a masked position, whatever the caller does with its 0
-    return -terms[:, 1].view(token_ids.shape), terms[:, 0].view(token_ids.shape)
+    def extra_repr(self) -> str:
+        given = {name: getattr(self.options, name) for name in DENSE_NAMES}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != getattr(DEFAULTS, name))
 
 
-def _check_options(options):
-    divergence = resolve(options["divergence"])
-    if not isinstance(options["temperature_squared"], bool):
-        raise TypeError(f"temperature_squared must be True or False, got {options['temperature_squared']!r}")
-    contract.backend_name(options["backend"])
-    names = inspect.signature(contract.check_options).parameters
-    contract.check_options(**{name: options[name] for name in names})
-    sweeps.check(options["sweep"], divergence if options["kd_weight"] else None, options["label_smoothing"] * options["ce_weight"] != 0)
-
-
-def _over_ranks(process_group, sequence_parallel, stats, **arguments):
-    """`_distillation_loss` of this rank's part, or of all ranks' tokens."""
-    arguments, spread = vocabulary_shards.localised(arguments, process_group, sequence_parallel)
+def _over_ranks(inputs: Inputs, options: Options, *, stats: bool) -> tuple[Tensor, DistillationStats | None]:
+    """`_evaluated` of this rank's part, or of all ranks' tokens."""
+    inputs, spread = vocabulary_shards.localised(inputs, options)
     if not spread.tokens:
-        return _distillation_loss(**arguments, spread=spread, stats=stats)
-    tokens = arguments["student_hidden"].shape[:-1]
-    loss, made = _distillation_loss(**vocabulary_shards.all_tokens(arguments, spread.group), spread=spread, stats=stats)
-
-    def own(values):
-        of_tokens = values is not None and values.dim() == 1 and values is not made.gradient_error
-        return vocabulary_shards.own_tokens(values, tokens, spread.group) if of_tokens else values
-
+        return _evaluated(inputs, options, spread, stats)
+    tokens = inputs.tokens
+    loss, made = _evaluated(vocabulary_shards.all_tokens(inputs, spread.group), options, spread, stats)
     if loss.dim():
         loss = vocabulary_shards.own_tokens(loss, tokens, spread.group)
-    return loss, DistillationStats(**{name: own(value) for name, value in vars(made).items()}) if stats else None
+    if made is None:
+        return loss, None
+    own = {name: value for name, value in vars(made).items() if value is not None and value.dim() == 1 and name != "gradient_error"}
+    return loss, replace(made, **{name: vocabulary_shards.own_tokens(value, tokens, spread.group) for name, value in own.items()})
 
 
-def _distillation_loss(
-    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, *, student_bias, teacher_bias, token_weight, num_items, stats,
-    spread, **options,
-):  # fmt: skip
+def _evaluated(inputs: Inputs, options: Options, spread: Spread, stats: bool) -> tuple[Tensor, DistillationStats | None]:
     """(loss, DistillationStats or None): validated, reduced, everything `distillation_loss` documents."""
-    _check_options(options)
     if spread.group:
-        contract.check_sharded(options["column_fraction"], options["sweep"], options["vocab_mismatch"])
-    prepared = student_weight, teacher_weight
-    student_weight, teacher_weight = map(prepared_heads.weight_of, prepared)
-    tokens = _check_tensors(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
-    )
-    kd, ce, z_loss = (options[name] for name in ("kd_weight", "ce_weight", "z_loss_weight"))
-    if teacher_weight is not None and student_weight.shape[0] != teacher_weight.shape[0]:
-        shared = contract.shared_vocabulary(student_weight, teacher_weight, options["vocab_mismatch"])
-        student_weight, teacher_weight = student_weight[:shared], teacher_weight[:shared]
-        student_bias, teacher_bias = (None if bias is None else bias[:shared] for bias in (student_bias, teacher_bias))
-
-    dtype = per_token.compute_dtype(student_hidden, teacher_hidden)
-    valid, factor = per_token.factors(tokens, labels, token_weight, num_items, options, dtype, student_hidden.device)
+        options.check_sharded()
+    inputs.check(options)
+    prepared = inputs.student_weight, inputs.teacher_weight
+    inputs = _of_shared_vocabulary(inputs, options)
+    valid, factor = per_token.factors(inputs, options)
+    labels = inputs.labels
     if labels is not None:
-        labels = per_token.marked("labels", labels, valid, None if spread.group else student_weight.shape[0])
-    if options["temperature_squared"]:
-        kd = kd * options["temperature"] ** 2
-    coefficients = per_token.per_term(factor.reshape(-1), kd, ce, z_loss)
-
-    has_teacher = kd != 0 or (stats and teacher_hidden is not None)
-    tensors = per_token.flat(
-        student_hidden, student_weight, student_bias,
-        *((teacher_hidden, teacher_weight, teacher_bias) if has_teacher else (None, None, None)), labels, coefficients,
-    )  # fmt: skip
+        labels = per_token.marked("labels", labels, valid, None if spread.group else len(inputs.student_head))
+    has_teacher = options.kd_weight != 0 or (stats and inputs.teacher_hidden is not None)
+    tensors = per_token.flat(inputs, labels, per_token.coefficients(factor, options), teacher=has_teacher)
     problem = per_token.problem(
         tensors,
-        divergence=resolve(options["divergence"]) if has_teacher else None,
-        cross_entropy=labels is not None and (ce != 0 or stats),
-        z_loss=z_loss != 0,
+        options,
+        kd=has_teacher,
+        cross_entropy=labels is not None and (options.ce_weight != 0 or stats),
+        z_loss=options.z_loss_weight != 0,
         stats=stats,
-        column_fraction=FRACTIONS[-1] if options["column_fraction"] == "auto" else options["column_fraction"] or 0.0,
-        gradient_tolerance=options["gradient_tolerance"] or 0.0,
-        sweep=options["sweep"] or "",
-        sweep_tolerance=float("inf") if options["sweep_tolerance"] is None else options["sweep_tolerance"],
-        compact=labels is not None or token_weight is not None,
+        compact=labels is not None or inputs.token_weight is not None,
         group=spread.group,
         shares_d_hidden=spread.tokens,
-        **{
-            name: options[name]
-            for name in (
-                "temperature", "label_smoothing", "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap",
-            )
-        },
-        workspace_mib=contract.workspace(options["workspace_mib"], student_hidden.device),
-    )  # fmt: skip
-    deferred = options["reduction"] == "none"
-    sweeps.check(problem.sweep, problem.divergence, problem.label_smoothing * ce != 0, problem.compute_dtype)
+    )
+    options.check_sweep(problem.divergence, options.label_smoothing * options.ce_weight != 0, problem.compute_dtype)
     if problem.kept_columns:
-        tensors = tensors._replace(seed=_seed(options["seed"], student_hidden.device))
+        tensors = tensors._replace(seed=_seed(options.seed, problem.device))
     if problem.swept:
-        for prefix, head in zip(("student", "teacher"), prepared, strict=True):
-            weight = getattr(tensors, f"{prefix}_weight")
-            if weight is not None:
-                rows, scales = prepared_heads.quantised(head, weight.detach(), problem.sweep)
-                tensors = tensors._replace(**{f"{prefix}_quantised": rows, f"{prefix}_scales": scales})
-    results = whole_vocabulary.run(problem, tensors, backend=options["backend"], deferred=deferred)
-    loss = results.total.view(tokens) if deferred else results.total
+        tensors = _with_quantised_heads(tensors, options, *prepared)
+    results = whole_vocabulary.run(problem, tensors)
+    loss = results.total.view(inputs.tokens) if options.deferred else results.total
     if not stats:
         return loss, None
-    errors = results.errors.view(*tokens, 2).unbind(-1) if problem.swept else (None, None)
+    errors = results.errors.view(*inputs.tokens, 2).unbind(-1) if problem.swept else (None, None)
     return loss, DistillationStats(
-        *results.stats.view(*tokens, len(contract.STATS)).unbind(-1),
+        *results.stats.view(*inputs.tokens, len(STATS)).unbind(-1),
         valid=valid & (factor != 0),
         gradient_error=results.gradient_error if results.gradient_error.numel() else None,
         divergence_error=errors[0],
@@ -359,38 +319,29 @@ def _distillation_loss(
     )
 
 
-def _seed(seed, device):
+def _of_shared_vocabulary(inputs: Inputs, options: Options) -> Inputs:
+    """The first entries of heads and biases, that both models have; heads without what was prepared of them."""
+    student, teacher = inputs.student_head, inputs.teacher_head
+    if teacher is None or len(student) == len(teacher):
+        return replace(inputs, student_weight=student, teacher_weight=teacher)
+    shared = checks.shared_vocabulary(student, teacher, options.vocab_mismatch)
+    biases = {name: bias[:shared] for name in ("student_bias", "teacher_bias") if (bias := getattr(inputs, name)) is not None}
+    return replace(inputs, student_weight=student[:shared], teacher_weight=teacher[:shared], **biases)
+
+
+def _with_quantised_heads(tensors: Tensors, options: Options, student: Any, teacher: Any) -> Tensors:
+    """The tensors with 8-bit copies of the heads, of prepared ones those that they have."""
+    assert options.sweep is not None
+    rows, scales = quantised(student, tensors.student_weight.detach(), options.sweep)
+    tensors = tensors._replace(student_quantised=rows, student_scales=scales)
+    if tensors.teacher_weight is None:
+        return tensors
+    rows, scales = quantised(teacher, tensors.teacher_weight.detach(), options.sweep)
+    return tensors._replace(teacher_quantised=rows, teacher_scales=scales)
+
+
+def _seed(seed: int | None, device: torch.device) -> Tensor:
     """The seed () int64 on the device: the one given, or drawn from torch's generator of the device."""
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _check_tensors(
-    student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, token_weight, num_items, options
-):
-    """Shape of the tokens, (...), after every check of the tensors against each other."""
-    contract.check_head("student_", student_hidden, student_weight, student_bias)
-    tokens = student_hidden.shape[:-1]
-    if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None and options["kd_weight"] != 0):
-        raise TypeError("teacher_hidden and teacher_weight must be tensors, or both None with kd_weight=0")
-    if teacher_hidden is None and teacher_bias is not None:
-        raise TypeError("teacher_bias was passed without teacher_hidden and teacher_weight")
-    if teacher_hidden is not None:
-        contract.check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-        if teacher_hidden.shape[:-1] != tokens:
-            raise ValueError(
-                f"student_hidden has tokens of shape {tuple(tokens)} but teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
-                "both models must have read the same tokens"
-            )
-        contract.shared_vocabulary(student_weight, teacher_weight, options["vocab_mismatch"])
-        contract.check_teacher({"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias})
-    per_token.check(tokens, labels, token_weight, num_items, options)
-    contract.check_devices(
-        {
-            "student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias,
-            "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
-            "labels": labels, "token_weight": token_weight, "num_items": num_items if isinstance(num_items, Tensor) else None,
-        }
-    )  # fmt: skip
-    return tokens

@@ -1,9 +1,11 @@
 """Heads quantised once and kept, for losses with a quantised sweep."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from distill_kernels.call import problem as contract
+from distill_kernels.call import checks
 from distill_kernels.ops import whole_vocabulary
 
 
@@ -16,9 +18,9 @@ class PreparedHead:
     tolerance, and every chunk is computed exactly.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor) -> None:
         self.weight = weight  # (V, D), the caller's: nothing is copied, and gradients go to it
-        self._copies = {}
+        self._copies: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}  # by kind of sweep: the state of the head, and the copy
 
     def quantised(self, sweep: str) -> tuple[Tensor, Tensor]:
         """The 8-bit rows and their scales, as `distill_kernels.estimators.quantised.quantise` documents them."""
@@ -33,7 +35,7 @@ class PreparedHead:
             self._copies[sweep] = state, whole_vocabulary.quantise(weight.detach(), sweep)
         return self._copies[sweep][1]
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Forgets the copies, so that they are made again when next needed."""
         self._copies.clear()
 
@@ -42,7 +44,7 @@ class PreparedHead:
         """Of the copies that exist: V · (D, padded to a multiple of 64, + 12) for each kind of sweep."""
         return sum(tensor.nbytes for _, copy in self._copies.values() for tensor in copy)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kinds = ", ".join(self._copies) or "nothing yet"
         return f"PreparedHead({tuple(self.weight.shape)}, {self.weight.dtype}, {kinds}: {self.nbytes / 2**20:,.0f} MiB)"
 
@@ -66,18 +68,18 @@ def prepare_head(weight: Tensor) -> PreparedHead:
         >>> loss = distill_kernels.distillation_loss(hidden, head, teacher_hidden, teacher_head, column_fraction=0.08, sweep="int8")
         >>> loss.backward()
     """
-    contract.check_matrix("weight", weight, 2)
+    checks.matrix("weight", weight, 2)
     if weight.dtype is torch.float64:
         raise TypeError("weight must be float32, bfloat16 or float16 to be quantised, got torch.float64")
     return PreparedHead(weight)
 
 
-def weight_of(head):
+def weight_of(head: Tensor | PreparedHead) -> Tensor:
     """The tensor of a prepared head, or what was passed."""
     return head.weight if isinstance(head, PreparedHead) else head
 
 
-def quantised(head, weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
+def quantised(head: Tensor | PreparedHead, weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
     """8-bit rows and scales of the first rows of a head, as many as `weight` has; `head` may be prepared."""
     kept = isinstance(head, PreparedHead) and not torch.compiler.is_compiling()  # a compiled graph could not see that the head changed
     rows, scales = head.quantised(sweep) if kept else whole_vocabulary.quantise(weight, sweep)

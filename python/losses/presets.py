@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distill_kernels import divergences
-from distill_kernels.call import problem as contract
+from distill_kernels.call import checks
 
 
 def preset(name: str, **parameters: Any) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def torchtune(*, kd_loss="ForwardKLWithChunkedOutputLoss", kd_ratio=0.5, sym_kd_
         raise ValueError(f"preset 'torchtune': kd_loss must be a ForwardKL*, ReverseKL* or SymmetricKL* class's name, got {kd_loss!r}")
     if sym_kd_ratio is not None and kind != "SymmetricKL":
         raise ValueError(f"preset 'torchtune': sym_kd_ratio is a parameter of SymmetricKL*, but kd_loss is {kd_loss!r}")
-    contract.finite_number("kd_ratio", kd_ratio, least=0, most=1)
-    contract.finite_number("sym_kd_ratio", weights[kind], least=0, most=1)
+    checks.finite_number("kd_ratio", kd_ratio, least=0, most=1)
+    checks.finite_number("sym_kd_ratio", weights[kind], least=0, most=1)
     names = {"ForwardKL": "forward_kl", "ReverseKL": "reverse_kl"}
     return {
         "divergence": names[kind] if kind in names else divergences.symmetric_kl(weight=weights[kind]),
@@ -172,7 +172,7 @@ def distillm(*, type, kd_ratio, skew_alpha=0.1):
     found = [kind for kind in kinds if kind in str(type)] or (["fkl"] if type == "kd" else [])
     if not found:
         raise ValueError(f"preset 'distillm': type must be 'kd' or contain one of {', '.join(kinds)}, got {type!r}")
-    contract.finite_number("kd_ratio", kd_ratio, least=0, most=1)
+    checks.finite_number("kd_ratio", kd_ratio, least=0, most=1)
     return {
         "divergence": kinds[found[0]](),
         "temperature": 1.0,
@@ -193,7 +193,7 @@ def hinton(*, temperature, hard_weight):
     Value: the paper's is ours plus (1 − hard_weight) · temperature² · mean H(p), a constant, for CE(p, q) = KL(p‖q) + H(p). Gradients
     are the same.
     """
-    contract.finite_number("hard_weight", hard_weight, least=0, most=1)
+    checks.finite_number("hard_weight", hard_weight, least=0, most=1)
     return {
         "divergence": "forward_kl",
         "temperature": temperature,
@@ -226,11 +226,11 @@ def distillkit(*, loss_functions):
         kind = "cross_entropy" if entry["function"] == "cross_entropy" else "divergence"
         if kind in weights:
             raise ValueError(f"preset 'distillkit': {entry['function']} is a second {kind}; distillation_loss takes one of each, add two")
-        contract.finite_number("weight", entry.get("weight"), least=0)
+        checks.finite_number("weight", entry.get("weight"), least=0)
         weights[kind] = entry["weight"]
         if kind == "divergence":
             temperature = entry.get("temperature")
-            contract.finite_number("temperature", temperature, above=0)
+            checks.finite_number("temperature", temperature, above=0)
             divergence = "forward_kl" if entry["function"] == "kl" else divergences.jensen_shannon(beta=0.5)
     if not weights or not sum(weights.values()):
         raise ValueError(f"preset 'distillkit': loss_functions must hold an entry of a weight above 0, got {loss_functions!r}")
@@ -263,7 +263,7 @@ def modelopt(*, temperature=1.0):
 
 def _jensen_shannon_or_its_ends(beta):
     """The family that GKD, Liger and TRL share: the value jumps from 0 to a full KL at both ends of beta."""
-    contract.finite_number("beta", beta, least=0, most=1)
+    checks.finite_number("beta", beta, least=0, most=1)
     return {0: "forward_kl", 1: "reverse_kl"}.get(beta) or divergences.jensen_shannon(beta=beta)
 
 

@@ -1,11 +1,14 @@
 """Calls whose heads are divided over the ranks of a process group by rows: which group that is, this rank's rows, and all ranks' tokens."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from distill_kernels.api.losses.inputs import Inputs
+from distill_kernels.call.options import Options, is_mesh
 from distill_kernels.call.shards import Shards, waited_for
 
 HEADS = ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
@@ -18,57 +21,37 @@ class Spread(NamedTuple):
     tokens: bool  # whether those are divided over the ranks as well
 
 
-def localised(arguments: dict[str, Any], process_group, sequence_parallel: bool) -> tuple[dict[str, Any], Spread]:
-    """The call's arguments with this rank's part of every DTensor, and how the call is spread over ranks.
+def localised(inputs: Inputs, options: Options) -> tuple[Inputs, Spread]:
+    """The inputs with this rank's part of every DTensor, and how the call is spread over ranks.
 
-    Raises TypeError or ValueError, in words, for what is no group, and for DTensors that are not laid out as the loss wants them.
+    Raises ValueError, in words, for DTensors that are not laid out as the loss wants them.
     """
-    check(process_group, sequence_parallel)
-    group = process_group.get_group() if _is_mesh(process_group) else process_group
-    local = dict(arguments)
+    group = options.process_group.get_group() if is_mesh(options.process_group) else options.process_group
+    local: dict[str, Tensor] = {}
     for name in HEADS:
-        if _is_dtensor(local.get(name)):
-            local[name], of_head = _rows(name, local[name])
+        tensor = getattr(inputs, name)
+        if _is_dtensor(tensor):
+            local[name], of_head = _rows(name, tensor)
             if of_head is not None and group not in (None, of_head):
                 raise ValueError(f"{name} is a DTensor whose rows are divided over another group than the other heads, or process_group")
             group = of_head or group
-    tokens_divided = {name: _tokens_divided(name, local[name], group) for name in OF_TOKENS if _is_dtensor(local.get(name))}
+    of_tokens = {name: tensor for name in OF_TOKENS if _is_dtensor(tensor := getattr(inputs, name))}
+    tokens_divided = {name: _tokens_divided(name, tensor, group) for name, tensor in of_tokens.items()}
     if any(tokens_divided.values()) and not all(tokens_divided.values()):
         divided, whole = (", ".join(name for name, value in tokens_divided.items() if value is wanted) for wanted in (True, False))
         raise ValueError(f"the tokens of {divided} are divided over ranks and those of {whole} are not; wanted all alike")
-    for name in tokens_divided:
-        local[name] = local[name].to_local()
-    sequence_parallel = sequence_parallel or any(tokens_divided.values())
+    local |= {name: tensor.to_local() for name, tensor in of_tokens.items()}
+    sequence_parallel = options.sequence_parallel or any(tokens_divided.values())
     if sequence_parallel and group is None:
         raise ValueError(
             "the tokens are divided over ranks but the heads are not: that is data parallelism, where each rank calls the loss with its "
             "own tokens and, for num_items, the number of tokens that all ranks learn from, divided by the number of ranks if gradients "
             "are averaged over them"
         )
-    return local, Spread("" if group is None else group.group_name, sequence_parallel)
+    return replace(inputs, **local) if local else inputs, Spread("" if group is None else group.group_name, sequence_parallel)
 
 
-def check(process_group, sequence_parallel):
-    """Raises TypeError or ValueError unless they are a process group, a device mesh of one dimension or None, and a bool."""
-    if not isinstance(sequence_parallel, bool):
-        raise TypeError(f"sequence_parallel must be True or False, got {sequence_parallel!r}")
-    if _is_mesh(process_group) and process_group.ndim != 1:
-        raise ValueError(
-            f"process_group is a device mesh of {process_group.ndim} dimensions, wanted the one that the vocabulary is divided over, for "
-            'instance mesh["vocabulary"]'
-        )
-    is_group = distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
-    if process_group is not None and not _is_mesh(process_group) and not is_group:
-        raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup or a device mesh, or None, got {type(process_group).__name__}"
-        )
-
-
-def _is_mesh(process_group) -> bool:
-    return distributed.is_available() and isinstance(process_group, distributed.DeviceMesh)
-
-
-def _is_dtensor(tensor) -> bool:
+def _is_dtensor(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or type(tensor) is Tensor or not distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -76,7 +59,7 @@ def _is_dtensor(tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _rows(name: str, tensor) -> "tuple[Tensor, distributed.ProcessGroup | None]":
+def _rows(name: str, tensor: Any) -> "tuple[Tensor, distributed.ProcessGroup | None]":
     """This rank's rows of a head or bias, and the group that they are divided over; None if every rank has all."""
     sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(sharded) > 1 or any(not tensor.placements[dim].is_shard(0) for dim in sharded):
@@ -88,7 +71,7 @@ def _rows(name: str, tensor) -> "tuple[Tensor, distributed.ProcessGroup | None]"
     return tensor.to_local(), tensor.device_mesh.get_group(sharded[0]) if sharded else None
 
 
-def _tokens_divided(name: str, tensor, group) -> bool:
+def _tokens_divided(name: str, tensor: Any, group: Any) -> bool:
     """Whether over the ranks that share the vocabulary; over others each has its own, as in data parallelism."""
     last = tensor.dim() - 1 if name in HIDDEN else tensor.dim()
     sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
@@ -99,7 +82,7 @@ def _tokens_divided(name: str, tensor, group) -> bool:
     return any(dim in shared for dim in sharded) or (bool(sharded) and group is None)
 
 
-def _refuse_replicated_gradient(name: str, tensor, divided):
+def _refuse_replicated_gradient(name: str, tensor: Any, divided: list[int]) -> None:
     """A gradient would say that it is alike on ranks where each has that of its own tokens."""
     alike = [dim for dim in range(tensor.device_mesh.ndim) if dim not in divided and tensor.device_mesh.size(dim) > 1]
     if alike and tensor.requires_grad and tensor.device_mesh.ndim > 1:
@@ -110,29 +93,29 @@ def _refuse_replicated_gradient(name: str, tensor, divided):
         )
 
 
-def all_tokens(arguments: dict[str, Any], group: str) -> dict[str, Any]:
-    """The call's arguments with the tokens of all ranks, one row for each, those of the first rank first.
+def all_tokens(inputs: Inputs, group: str) -> Inputs:
+    """The inputs with the tokens of all ranks, one row for each, those of the first rank first.
 
     The gradient of gathered hidden states is scattered while it is added up over ranks. Raises ValueError, on every rank, unless all ranks
     have as many tokens.
     """
     shards = Shards.in_group(group)
-    hidden = arguments["student_hidden"]
-    given = [-1 if arguments.get(name) is None else arguments[name].numel() * arguments[name].element_size() for name in OF_TOKENS]
-    said = waited_for(shards.gather(torch.tensor([hidden.shape[:-1].numel(), *given], device=hidden.device))).T.tolist()
-    if len(set(said[0])) > 1:
-        raise ValueError(f"the ranks of the process group have {said[0]} tokens; wanted as many on each")
-    for name, sizes in zip(OF_TOKENS, said[1:], strict=True):
+    given: dict[str, Tensor | None] = {name: getattr(inputs, name) for name in OF_TOKENS}
+    sizes = [-1 if tensor is None else tensor.numel() * tensor.element_size() for tensor in given.values()]
+    said = torch.tensor([inputs.tokens.numel(), *sizes], device=inputs.student_hidden.device)
+    counts, *of_ranks = waited_for(shards.gather(said)).T.tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"the ranks of the process group have {counts} tokens; wanted as many on each")
+    for name, sizes in zip(OF_TOKENS, of_ranks, strict=True):
         if len(set(sizes)) > 1:
             ranks = [rank for rank, size in enumerate(sizes) if size != sizes[0]]
             raise ValueError(f"process group: rank {' and '.join(map(str, ranks))} called with another {name}, or none, than rank 0")
-    gathered = dict(arguments)
-    for name in OF_TOKENS:
-        tensor = arguments.get(name)
+    gathered = {}
+    for name, tensor in given.items():
         if tensor is not None:
             by_token = tensor.reshape(-1, tensor.shape[-1]) if name in HIDDEN else tensor.reshape(-1)
             gathered[name] = _Gathered.apply(by_token, shards)
-    return gathered
+    return replace(inputs, **gathered)
 
 
 def own_tokens(values: Tensor, shape: torch.Size, group: str) -> Tensor:
@@ -142,21 +125,21 @@ def own_tokens(values: Tensor, shape: torch.Size, group: str) -> Tensor:
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, shards):
+    def forward(ctx: Any, values: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
         return waited_for(shards.gather(values)).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.shards.scatter_sum(gradient), None
 
 
 class _Own(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, shards):
+    def forward(ctx: Any, values: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
         return values.chunk(shards.ranks)[shards.rank].clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return waited_for(ctx.shards.gather(gradient)).flatten(0, 1), None

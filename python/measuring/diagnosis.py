@@ -5,10 +5,10 @@ import platform
 import torch
 
 from distill_kernels import backends
-from distill_kernels.call import problem as contract
-from distill_kernels.call.worthwhile import FRACTIONS
+from distill_kernels.call import checks
+from distill_kernels.call.options import Options
+from distill_kernels.call.problem import Problem, compute_dtype
 from distill_kernels.divergences import resolve
-from distill_kernels.estimators import quantised
 from distill_kernels.schedule.plan import Plan
 
 
@@ -59,48 +59,49 @@ def plan(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-    contract.one_of("dtype", dtype, contract.DTYPES)
-    contract.one_of("reduction", reduction, contract.REDUCTIONS)
-    contract.backend_name(backend)
-    contract.check_sweep(sweep, column_fraction)
+    checks.one_of("dtype", dtype, checks.DTYPES)
     if listed and (teacher_dim or column_fraction is not None):
         raise ValueError(
             f"listed={listed} entries take the place of the teacher's head, and are not sampled: pass teacher_dim=0 and no column_fraction"
         )
-    quantised.check(sweep, resolve(divergence) if teacher_dim else None, False, contract.compute_dtype(dtype))
-    tolerance = 0.0
-    if column_fraction == "auto":
-        column_fraction, tolerance = FRACTIONS[-1], 1.0  # that there is one decides what is kept, not which
-    contract.finite_number("column_fraction", column_fraction, above=0, most=1, optional=True)
-    deferred = reduction == "none"
-    shards = {}
+    compared = teacher_dim > 0
+    options = Options(
+        divergence=resolve(divergence),
+        kd_weight=float(compared or listed > 0),
+        z_loss_weight=float(not compared),
+        reduction=reduction,
+        column_fraction=column_fraction,
+        gradient_tolerance=1.0 if column_fraction == "auto" else None,  # that there is one decides what is kept, not which
+        sweep=sweep,
+        backend=backend,
+        workspace_mib=workspace_mib,
+    )
+    options.check_sweep(options.divergence if compared else None, False, compute_dtype(dtype))
+    group, sizes = "", ()
     if ranks > 1:
         if listed:
             raise NotImplementedError("losses of listed entries are not available for a vocabulary in shards")
-        contract.check_sharded("auto" if tolerance else column_fraction, sweep, "error")
-        sizes = tuple(vocabulary // ranks + (rank < vocabulary % ranks) for rank in range(ranks))
-        shards, vocabulary = {"group": "planned", "shard_sizes": sizes}, sizes[0]
-    problem = contract.Problem(
+        options.check_sharded()
+        group, sizes = "planned", tuple(vocabulary // ranks + (rank < vocabulary % ranks) for rank in range(ranks))
+    problem = Problem(
         tokens=tokens,
-        vocabulary=vocabulary,
-        **shards,
+        vocabulary=sizes[0] if sizes else vocabulary,
         student_dim=student_dim,
         teacher_dim=teacher_dim,
         student_dtype=dtype,
         teacher_dtype=dtype,
         device=torch.device(device),
-        divergence=resolve(divergence) if teacher_dim else None,
-        cross_entropy=False,
-        z_loss=not (teacher_dim or listed),
+        options=options,
+        kd=compared,
+        z_loss=not (compared or listed),
         d_hidden=hidden_gradient,
         d_weight=weight_gradient,
-        column_fraction=column_fraction or 0.0,
-        gradient_tolerance=tolerance,
-        sweep=sweep or "",
+        deferred=options.deferred,
         listed=listed,
-        workspace_mib=contract.workspace(workspace_mib, torch.device(device)),
+        group=group,
+        shard_sizes=sizes,
     )
-    return backends.plan(problem, backend, deferred=deferred)
+    return backends.plan(problem)
 
 
 def doctor() -> dict[str, str | None]:
@@ -126,7 +127,5 @@ def doctor() -> dict[str, str | None]:
 
 def _probe(device):
     """The plainest problem there is."""
-    return contract.Problem(
-        tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=torch.float32, teacher_dtype=torch.float32, device=device,
-        divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False,
-    )  # fmt: skip
+    plain = torch.float32
+    return Problem(tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=plain, teacher_dtype=plain, device=device)

@@ -129,7 +129,7 @@ def _check(settings: Settings) -> None:
         options = DistillationLoss(**settings.loss).options
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    _check_sources(settings, bool(options.get("kd_weight", 1.0)))
+    _check_sources(settings, options.kd_weight != 0)
     initial_models.check_packages("train")
     output_folder.check(settings.output, (LOG, REPORT, PLOT))
 

@@ -8,8 +8,8 @@ from accuracy import BACKENDS, make_inputs, relative, with_gradients
 
 from distill_kernels import PreparedHead, backends, distillation_loss, distillation_loss_and_stats, prepare_head
 from distill_kernels.backends import native
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
-from distill_kernels.divergences import resolve
 from distill_kernels.estimators import quantised
 from distill_kernels.ops import whole_vocabulary
 
@@ -54,7 +54,7 @@ def test_noise_is_that_of_the_logits(kind):
     inputs.student_weight[:] = torch.nn.functional.normalize(inputs.student_weight)  # so that the longest row is like the others
     sizes = {"tokens": 64, "vocabulary": 500, "student_dim": 128, "teacher_dim": 0}
     dtypes = {"student_dtype": torch.float32, "teacher_dtype": torch.float32, "device": torch.device("cpu")}
-    problem = Problem(**sizes, **dtypes, divergence=resolve("forward_kl"), cross_entropy=False, z_loss=False, sweep=kind)
+    problem = Problem(**sizes, **dtypes, options=Options(sweep=kind, column_fraction=0.08))
     rows, scales = quantised.quantise(inputs.student_weight, kind)
     hidden, hidden_scales = quantised.quantise(inputs.student_hidden, kind)
     got = (hidden.float() * hidden_scales[:, :1]) @ (rows.float() * scales[:, :1]).T

@@ -10,6 +10,7 @@ from sparse_cases import TAILS, TOKENS, VOCABULARY, everything, make_case, resul
 
 import distill_kernels
 from distill_kernels import backends, reference, selected_logprobs, sparse_distillation_loss, token_logprobs
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.ops import listed_entries
 from distill_kernels.schedule import plan
@@ -338,8 +339,9 @@ def test_backend_without_kernels_for_lists_says_so(monkeypatch):
     with pytest.raises(NotImplementedError, match="backend 'torch' cannot run this: it has no kernels for entries that tokens list"):
         loss_of(backend="torch")
     fields = {"tokens": 1, "vocabulary": 2, "student_dim": 1, "teacher_dim": 0, "student_dtype": torch.float32}
-    problem = Problem(**fields, teacher_dtype=torch.float32, device=torch.device("cpu"), divergence=None, cross_entropy=True, z_loss=False)
-    assert backends.choose(problem, "torch") is backend
+    options = Options(backend="torch")
+    problem = Problem(**fields, teacher_dtype=torch.float32, device=torch.device("cpu"), options=options, kd=False, cross_entropy=True)
+    assert backends.choose(problem) is backend
 
 
 # What is refused

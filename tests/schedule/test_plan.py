@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import distill_kernels
 from distill_kernels import backends, distillation_loss
 from distill_kernels.backends import native
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.schedule.plan import MIB, Schedule, make_plan
 
@@ -33,11 +34,13 @@ schedules = st.builds(
 )
 
 
-def problem_of(tokens=1000, vocabulary=50_000, student_dim=64, teacher_dim=96, dtype=torch.float32, **options):
-    return Problem(
-        tokens=tokens, vocabulary=vocabulary, student_dim=student_dim, teacher_dim=teacher_dim, student_dtype=dtype, teacher_dtype=dtype,
-        device=torch.device("cpu"), divergence=None, cross_entropy=False, z_loss=False, **options,
-    )  # fmt: skip
+def problem_of(tokens=1000, vocabulary=50_000, student_dim=64, teacher_dim=96, dtype=torch.float32, workspace_mib=None, **asked):
+    options, device = Options(workspace_mib=workspace_mib), torch.device("cpu")
+    return Problem(tokens, vocabulary, student_dim, teacher_dim, dtype, dtype, device, options, kd=False, **asked)
+
+
+def with_workspace(problem, mib):
+    return dataclasses.replace(problem, options=dataclasses.replace(problem.options, workspace_mib=mib))
 
 
 problems = st.builds(
@@ -92,11 +95,11 @@ def test_plan_says_a_workspace_that_is_enough(problem, schedule):
     except ValueError as error:
         needed = int(re.search(r"it needs at least (\d+)$", str(error))[1])
     assert needed > problem.workspace_mib
-    assert make_plan(dataclasses.replace(problem, workspace_mib=needed), schedule).chunk_tokens >= 1
+    assert make_plan(with_workspace(problem, needed), schedule).chunk_tokens >= 1
     # And no more than that, to the MiB.
     if needed - 1 > problem.workspace_mib:
         with pytest.raises(ValueError, match="cannot hold"):
-            make_plan(dataclasses.replace(problem, workspace_mib=needed - 1), schedule)
+            make_plan(with_workspace(problem, needed - 1), schedule)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -116,7 +119,7 @@ def test_backend_says_a_workspace_that_is_enough(name, dtype, vocabulary):
 def test_larger_workspace_never_means_smaller_chunks(problem, schedule):
     plan = plan_or_none(problem, schedule)
     if plan is not None:
-        larger = make_plan(dataclasses.replace(problem, workspace_mib=2 * problem.workspace_mib), schedule)
+        larger = make_plan(with_workspace(problem, 2 * problem.workspace_mib), schedule)
         assert larger.chunks <= plan.chunks
 
 

@@ -6,6 +6,7 @@ from accuracy import check_loss, make_inputs
 
 from distill_kernels import products
 from distill_kernels.backends import triton as backend
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.schedule import chunk_products
 from distill_kernels.schedule.plan import make_plan
@@ -76,8 +77,5 @@ def test_what_is_multiplied_apart_is_planned(adds, added):
     assert products.sum_rows(_problem(300, d_weight=False)) == products.sum_rows(_problem(300, dtype=torch.float32)) == 0
 
 
-def _problem(vocabulary, dtype=torch.bfloat16, **options):
-    return Problem(
-        tokens=64, vocabulary=vocabulary, student_dim=24, teacher_dim=40, student_dtype=dtype, teacher_dtype=dtype,
-        device=torch.device("cpu"), divergence=None, cross_entropy=False, z_loss=False, workspace_mib=1, **options,
-    )  # fmt: skip
+def _problem(vocabulary, dtype=torch.bfloat16, **asked):
+    return Problem(64, vocabulary, 24, 40, dtype, dtype, torch.device("cpu"), Options(workspace_mib=1), kd=False, **asked)

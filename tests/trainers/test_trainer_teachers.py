@@ -103,7 +103,7 @@ def test_a_cache_of_few_log_probabilities_is_a_bucket(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temprature": 2.0}, TypeError, "are the loss's: DistillationLoss has no option temprature; its options are divergence,"),
+        ({"temprature": 2.0}, TypeError, "are the loss's: the loss has no option temprature; its options are divergence,"),
         ({"temperature": -1.0}, ValueError, "temperature must be a finite number above 0"),
         ({"divergence": "unheard_of"}, ValueError, "unheard_of"),
         ({"student_softcap": 3.0}, TypeError, "student_softcap is read from the models"),

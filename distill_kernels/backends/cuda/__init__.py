@@ -36,7 +36,7 @@ def why_not(problem: Problem) -> str | None:
         reason = _why_not_there(problem.device)
         if reason is not None:
             return reason
-    if problem.sweep:
+    if problem.options.sweep:
         return "it has no quantised sweep; the triton and torch backends have"
     if problem.group:
         return "its kernels go over whole vocabularies; those of the triton and torch backends over shards, too"

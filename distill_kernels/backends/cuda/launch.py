@@ -73,7 +73,9 @@ class Launcher:
         # The kernels add biases in float32. Held here, for a launch has no more of them than addresses.
         self.biases = [None if bias is None else bias.float().contiguous() for bias in (tensors.student_bias, tensors.teacher_bias)]
         untempered = problem.cross_entropy or problem.z_loss
-        scales, softcaps = (problem.student_logit_scale, problem.teacher_logit_scale), (problem.student_softcap, problem.teacher_softcap)
+        options = problem.options
+        scales = options.student_logit_scale, options.teacher_logit_scale
+        softcaps = options.student_softcap, options.teacher_softcap
         student, teacher = (
             {"bias": address(bias), "scale": scale, "softcap": softcap or 0.0}
             for bias, scale, softcap in zip(self.biases, scales, softcaps, strict=True)
@@ -82,14 +84,14 @@ class Launcher:
             "vocabulary": problem.vocabulary,
             "student": student,
             "teacher": teacher,
-            "inverse_temperature": 1.0 / problem.temperature,
-            "label_smoothing": problem.label_smoothing,
+            "inverse_temperature": 1.0 / problem.options.temperature,
+            "label_smoothing": problem.options.label_smoothing,
             "floor": LOG_PROBABILITY_FLOOR,
             "tail_probability": TAIL_PROBABILITY,
             "has_teacher": problem.teacher_dim > 0,
             "untempered": untempered,
-            "separate": untempered and problem.temperature != 1.0,
-            "smoothing": problem.cross_entropy and problem.label_smoothing > 0,
+            "separate": untempered and problem.options.temperature != 1.0,
+            "smoothing": problem.cross_entropy and problem.options.label_smoothing > 0,
         }
         divergence = problem.divergence
         self.divergence = -1 if divergence is None else extension.kernels.divergences.index(divergence.name)

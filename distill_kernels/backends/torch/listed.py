@@ -32,7 +32,7 @@ class ListedRows(NamedTuple):
 def others(problem: Problem, rows: ListedRows, listed, out):
     """Writes meant logits (n, K) of the listed entries, and the sums (n, 3) of the others."""
     z = rows.logits
-    apply_head(z, rows.bias, problem.student_logit_scale, problem.student_softcap)
+    apply_head(z, rows.bias, problem.options.student_logit_scale, problem.options.student_softcap)
     torch.gather(z, 1, rows.ids.clamp(min=0), out=listed)
     rows.put(torch.full_like(listed, -torch.inf))
     highest = z.amax(-1, keepdim=True)
@@ -40,7 +40,7 @@ def others(problem: Problem, rows: ListedRows, listed, out):
     out[:, :1] = reference
     below = z - reference
     out[:, 2] = below.logsumexp(-1)
-    out[:, 1] = out[:, 2] if problem.temperature == 1.0 else below.div_(problem.temperature).logsumexp(-1)
+    out[:, 1] = out[:, 2] if problem.options.temperature == 1.0 else below.div_(problem.options.temperature).logsumexp(-1)
 
 
 def gradient(problem: Problem, rows: ListedRows, listed, others, d_listed, d_others):
@@ -48,11 +48,11 @@ def gradient(problem: Problem, rows: ListedRows, listed, others, d_listed, d_oth
     z = rows.logits
     reference, tempered, untempered = others.unsqueeze(-1).unbind(1)
     below = z - reference
-    dz = d_others[:, :1] * (below / problem.temperature - tempered).exp()
+    dz = d_others[:, :1] * (below / problem.options.temperature - tempered).exp()
     if problem.cross_entropy or problem.z_loss:
         dz += d_others[:, 1:] * (below - untempered).exp()
-    if problem.student_softcap is not None:
-        dz *= 1 - (z / problem.student_softcap).square()
-        d_listed = d_listed * (1 - (listed / problem.student_softcap).square())
-    z.copy_(torch.where(z == -torch.inf, 0, dz * problem.student_logit_scale))
-    rows.put(d_listed * problem.student_logit_scale)
+    if problem.options.student_softcap is not None:
+        dz *= 1 - (z / problem.options.student_softcap).square()
+        d_listed = d_listed * (1 - (listed / problem.options.student_softcap).square())
+    z.copy_(torch.where(z == -torch.inf, 0, dz * problem.options.student_logit_scale))
+    rows.put(d_listed * problem.options.student_logit_scale)

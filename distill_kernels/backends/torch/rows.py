@@ -112,11 +112,11 @@ def _statistics(problem: Problem, rows: Rows):
     """(n, STATISTICS): maximum and Σ exp of the student's logits, tempered and not, those of the teacher's, and whether both maxima are of
     one entry. Makes the logits the meant ones."""
     z, y = rows.student_logits, rows.teacher_logits
-    apply_head(z, rows.student_bias, problem.student_logit_scale, problem.student_softcap)
-    columns = [*_maximum_and_sums(z, problem.temperature, problem.cross_entropy or problem.z_loss)]
+    apply_head(z, rows.student_bias, problem.options.student_logit_scale, problem.options.student_softcap)
+    columns = [*_maximum_and_sums(z, problem.options.temperature, problem.cross_entropy or problem.z_loss)]
     if y is not None:
-        apply_head(y, rows.teacher_bias, problem.teacher_logit_scale, problem.teacher_softcap)
-        columns += _maximum_and_sums(y, problem.temperature, False)[:2]
+        apply_head(y, rows.teacher_bias, problem.options.teacher_logit_scale, problem.options.teacher_softcap)
+        columns += _maximum_and_sums(y, problem.options.temperature, False)[:2]
         if rows.stats is not None:
             columns.append((z.argmax(-1) == y.argmax(-1)).to(z.dtype))
     zeros = z.new_zeros(len(z))
@@ -144,19 +144,19 @@ def _merged(problem: Problem, statistics) -> Statistics:
     has_teacher = problem.teacher_dim > 0
     best = student_maxima.argmax(0, keepdim=True)  # the first of equal ones, as in a whole vocabulary
     return Statistics(
-        merged(student_maxima, tempered, problem.temperature),
+        merged(student_maxima, tempered, problem.options.temperature),
         merged(student_maxima, bare, 1.0),
-        merged(teacher_maxima, teacher, problem.temperature) if has_teacher else None,
+        merged(teacher_maxima, teacher, problem.options.temperature) if has_teacher else None,
         agreement.gather(0, best)[0] * (best == teacher_maxima.argmax(0, keepdim=True))[0],
     )
 
 
 def _sums(problem: Problem, rows: Rows, statistics: Statistics) -> Made:
     z, y = rows.student_logits, rows.teacher_logits
-    log_q = statistics.student.log_softmax(z, problem.temperature)
+    log_q = statistics.student.log_softmax(z, problem.options.temperature)
     kept = log_q >= LOG_PROBABILITY_FLOOR  # a log-probability that is raised to the floor is a constant
     log_q = log_q.clamp_(min=LOG_PROBABILITY_FLOOR)
-    log_p = log_q if y is None else statistics.teacher.log_softmax(y, problem.temperature).clamp_(min=LOG_PROBABILITY_FLOOR)
+    log_p = log_q if y is None else statistics.teacher.log_softmax(y, problem.options.temperature).clamp_(min=LOG_PROBABILITY_FLOOR)
     sums, slope = {}, None
     if problem.divergence is not None:
         value, slope = problem.divergence(log_p, log_q)
@@ -178,7 +178,7 @@ def _sums(problem: Problem, rows: Rows, statistics: Statistics) -> Made:
         place, here = _places(rows)
         at_label = z.gather(-1, place)
         sums["label"] = torch.where(here, statistics.bare.log_softmax(at_label), 0).squeeze(-1)
-        if problem.label_smoothing:
+        if problem.options.label_smoothing:
             bare = statistics.bare.log_softmax(z)
             sums["above_floor"] = (bare >= LOG_PROBABILITY_FLOOR).sum(-1).to(z.dtype)
             sums["smoothing"] = bare.clamp_(min=LOG_PROBABILITY_FLOOR).sum(-1)
@@ -210,14 +210,14 @@ def _finish(problem: Problem, rows: Rows, statistics: Statistics, sums: Sums, ma
     dz = None
     if problem.gradient and problem.divergence is not None:
         dz = made.log_q.exp().mul_(sums.slope)
-        dz = torch.sub(made.slope, dz, out=dz).mul_(kd / problem.temperature)
+        dz = torch.sub(made.slope, dz, out=dz).mul_(kd / problem.options.temperature)
         made = None
     if problem.cross_entropy or problem.z_loss:
         dz = _untempered_terms(problem, rows, statistics.bare, sums, dz, ce, z_loss)
     if problem.gradient:
-        if problem.student_softcap is not None:
-            dz *= 1 - (z / problem.student_softcap).square()
-        torch.mul(dz, problem.student_logit_scale, out=z)
+        if problem.options.student_softcap is not None:
+            dz *= 1 - (z / problem.options.student_softcap).square()
+        torch.mul(dz, problem.options.student_logit_scale, out=z)
 
 
 def _untempered_terms(problem: Problem, rows: Rows, bare: LogSumExp, sums: Sums, dz, ce, z_loss):
@@ -230,11 +230,11 @@ def _untempered_terms(problem: Problem, rows: Rows, bare: LogSumExp, sums: Sums,
     if problem.cross_entropy:
         has_label = rows.labels.unsqueeze(-1) >= 0
         nll = -sums.label.clamp(min=LOG_PROBABILITY_FLOOR)
-        cross_entropy = (1 - problem.label_smoothing) * nll
-        label_weight = (1 - problem.label_smoothing) * ((sums.label >= LOG_PROBABILITY_FLOOR) & has_label).to(z.dtype)
+        cross_entropy = (1 - problem.options.label_smoothing) * nll
+        label_weight = (1 - problem.options.label_smoothing) * ((sums.label >= LOG_PROBABILITY_FLOOR) & has_label).to(z.dtype)
         pull = pull + ce * label_weight
-        if problem.label_smoothing:
-            smoothing = has_label.to(z.dtype) * (problem.label_smoothing / problem.whole_vocabulary)
+        if problem.options.label_smoothing:
+            smoothing = has_label.to(z.dtype) * (problem.options.label_smoothing / problem.whole_vocabulary)
             cross_entropy = cross_entropy - smoothing * sums.smoothing
             pull = pull + ce * smoothing * sums.above_floor
         rows.terms[:, 1:2] = torch.where(has_label, cross_entropy, 0)

@@ -16,9 +16,9 @@ class SweptChunk(Correction):
     def sweep(self, pilot):
         at_pilot = [self._both(part) for part in pilot.split(PANEL)]
         x, y = (torch.cat(logits, 1) for logits in zip(*at_pilot, strict=True))
-        tempered = 1 / self.problem.temperature
+        tempered = 1 / self.problem.options.temperature
         self.references = References(*((z * factor).logsumexp(-1, keepdim=True) for z, factor in ((x, tempered), (y, tempered), (x, 1.0))))
-        scale, (kd, ce, z_loss) = self.problem.student_logit_scale, self.chunk.coefficients.unsqueeze(-1).unbind(1)
+        scale, (kd, ce, z_loss) = self.problem.options.student_logit_scale, self.chunk.coefficients.unsqueeze(-1).unbind(1)
         divergence_weight = (scale * kd * tempered).square()
         untempered_weight = (scale * (ce.abs() + 2 * (z_loss * self.references.untempered).abs())).square()
         slope_total = self.masses(x, y).slope.sum(-1, keepdim=True)  # estimated, as the log-sum-exps are

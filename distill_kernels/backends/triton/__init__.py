@@ -52,9 +52,9 @@ def why_not(problem: Problem) -> str | None:
             return "torch finds no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < OLDEST_CAPABILITY:
             return f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later"
-        if problem.sweep == "fp8" and torch.version.hip is not None:
+        if problem.options.sweep == "fp8" and torch.version.hip is not None:
             return "AMD's gfx942 multiplies another float8 than e4m3; int8 runs there"
-        if problem.sweep == "fp8" and torch.cuda.get_device_capability(problem.device) < OLDEST_FLOAT8:
+        if problem.options.sweep == "fp8" and torch.cuda.get_device_capability(problem.device) < OLDEST_FLOAT8:
             return f"float8 wants a GPU of compute capability {'.'.join(map(str, OLDEST_FLOAT8))} or later; int8 runs on older ones"
     if problem.divergence is not None:
         from distill_kernels.backends.triton.elementwise import why_no_device_function

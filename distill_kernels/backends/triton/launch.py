@@ -54,7 +54,7 @@ def swept_bytes(problem: Problem) -> tuple[int, int]:
     """Bytes of what the quantised sweep's kernels leave: (for each token, and beside them)."""
     pilot = -(-problem.vocabulary // PILOT_FRACTION)
     of_rows = rows.configuration(architecture(problem.device))
-    tile = quantised_sweep.configuration(architecture(problem.device), problem.sweep, problem.tokens, False)
+    tile = quantised_sweep.configuration(architecture(problem.device), problem.options.sweep, problem.tokens, False)
     # Logits of the pilot, and the sweep's of the columns kept, of two models; squared scores by blocks of tokens, and their sum.
     models = 2 if problem.teacher_dim else 1
     token_bytes = 4 * models * max(pilot, problem.kept_columns) + -(-4 * problem.vocabulary // tile.rows)
@@ -83,18 +83,18 @@ class Launcher:
             "whole": problem.whole_vocabulary,
             "student_bias": tensors.student_bias,
             "teacher_bias": tensors.teacher_bias,
-            "inverse_temperature": 1.0 / problem.temperature,
-            "label_smoothing": problem.label_smoothing,
-            "student_scale": problem.student_logit_scale,
-            "teacher_scale": problem.teacher_logit_scale,
-            "student_softcap": problem.student_softcap,
-            "teacher_softcap": problem.teacher_softcap,
+            "inverse_temperature": 1.0 / problem.options.temperature,
+            "label_smoothing": problem.options.label_smoothing,
+            "student_scale": problem.options.student_logit_scale,
+            "teacher_scale": problem.options.teacher_logit_scale,
+            "student_softcap": problem.options.student_softcap,
+            "teacher_softcap": problem.options.teacher_softcap,
             "first": first,
             "second": second,
             "TEACHER": problem.teacher_dim > 0,
             "UNTEMPERED": untempered,
-            "SEPARATE": untempered and problem.temperature != 1.0,
-            "SMOOTHING": problem.cross_entropy and problem.label_smoothing > 0,
+            "SEPARATE": untempered and problem.options.temperature != 1.0,
+            "SMOOTHING": problem.cross_entropy and problem.options.label_smoothing > 0,
             "TOP": problem.stats,
             "STATS": problem.stats,
             "ALWAYS": problem.stats or (divergence is not None and not one_pass),
@@ -189,7 +189,7 @@ class Launcher:
     def quantised_sweep(self, chunk: chunked.Chunk, student, teacher, references):
         """Σ of every token by splits, (SUMS, n, splits), and squared scores of every column by blocks of tokens, (blocks, V)."""
         tokens, vocabulary = chunk.student_hidden.shape[0], self.problem.vocabulary
-        configuration = quantised_sweep.configuration(self.architecture, self.problem.sweep, tokens, self._bare())
+        configuration = quantised_sweep.configuration(self.architecture, self.problem.options.sweep, tokens, self._bare())
         blocks = -(-tokens // configuration.rows)
         splits = sweep.splits_of(blocks, vocabulary, multiprocessors(self.device), configuration)
         new = self.tensors.coefficients.new_empty
@@ -207,7 +207,7 @@ class Launcher:
             "references": references, "sums": sums, "squares": squares, "tokens": tokens, "splits": splits, "blocks": blocks,
             "slice_entries": _multiple(-(-vocabulary // splits), configuration.entries), "ROWS": configuration.rows,
             "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "DESCRIPTORS": configuration.descriptors,
-            "PARTS": configuration.parts, "INTEGERS": self.problem.sweep == "int8",
+            "PARTS": configuration.parts, "INTEGERS": self.problem.options.sweep == "int8",
         }  # fmt: skip
         options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
         _launch(quantised_sweep.quantised_sweep_kernel, (blocks * splits,), values, **options)
@@ -222,7 +222,7 @@ class Launcher:
         values = {part: getattr(model, part) for part in READ} | {
             "bias": model.bias, "columns": columns, "logits": logits, "tokens": tokens, "count": count, "blocks": blocks,
             "dim": model.rows.shape[1], "scale": model.scale, "softcap": model.softcap, "ROWS": configuration.rows,
-            "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "INTEGERS": self.problem.sweep == "int8",
+            "ENTRIES": configuration.entries, "DEPTH": configuration.depth, "INTEGERS": self.problem.options.sweep == "int8",
         }  # fmt: skip
         options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
         _launch(listed_columns.logits_kernel, (blocks * -(-count // configuration.entries),), values, **options)
@@ -266,7 +266,7 @@ class Launcher:
         maxima, *sums = partial
         highest = maxima.amax(-1, keepdim=True)
         below = maxima - highest
-        factors = (below / self.problem.temperature).exp(), below.exp()
+        factors = (below / self.problem.options.temperature).exp(), below.exp()
         log_sums = [(part * factor).sum(-1, keepdim=True).log() for part, factor in zip(sums, factors, strict=True)]
         return listed, torch.cat([torch.where(log_sums[0] == -torch.inf, 0.0, highest), *log_sums], 1)
 
@@ -287,7 +287,7 @@ class Launcher:
         blocks = -(-tokens // configuration.rows)
         shared = self.common | {
             "logits": logits, "bias": self.tensors.student_bias, "ids": ids, "tokens": tokens, "width": width, "ROWS": configuration.rows,
-            "scale": self.problem.student_logit_scale, "softcap": self.problem.student_softcap,
+            "scale": self.problem.options.student_logit_scale, "softcap": self.problem.options.student_softcap,
         }  # fmt: skip
         block = listed_entries.block_of(width, configuration.block)
         splits = rows.splits_of(tokens, self.problem.vocabulary, configuration)

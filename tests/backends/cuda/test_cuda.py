@@ -24,6 +24,7 @@ from cuda_emulated import DEVICE, ON_GPU
 from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, reference, token_logprobs
 from distill_kernels.backends import cuda as backend
 from distill_kernels.backends.cuda import extension, launch
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.schedule import plan
 
@@ -376,8 +377,7 @@ def test_requested_bytes_equal_the_closed_form(vocabulary, dtype, kernels):
 
 
 SIMPLE = Problem(
-    tokens=4, vocabulary=100, student_dim=8, teacher_dim=8, student_dtype=torch.float32, teacher_dtype=torch.float32, device=DEVICE,
-    divergence=divergences.resolve("forward_kl"), cross_entropy=False, z_loss=False,
+    tokens=4, vocabulary=100, student_dim=8, teacher_dim=8, student_dtype=torch.float32, teacher_dtype=torch.float32, device=DEVICE
 )  # fmt: skip
 
 
@@ -387,8 +387,8 @@ SIMPLE = Problem(
         ({"student_dtype": torch.float64}, "float64 inputs want float64"),
         ({"vocabulary": 2**31}, "at most 2147482624 entries"),
         ({"device": torch.device("meta")}, "runs on GPU tensors, these are on meta"),
-        ({"sweep": "int8"}, "no quantised sweep"),
-        ({"divergence": divergences.Divergence("mine")}, "mine is not one of them"),
+        ({"options": Options(sweep="int8", column_fraction=0.08)}, "no quantised sweep"),
+        ({"options": Options(divergence=divergences.Divergence("mine"))}, "mine is not one of them"),
     ],
 )
 def test_reason_why_not_is_given_in_words(change, reason):

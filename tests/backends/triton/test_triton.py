@@ -314,8 +314,7 @@ def test_schedule_is_the_plans_and_keeps_to_its_workspace():
 
 
 SIMPLE = Problem(
-    tokens=4, vocabulary=100, student_dim=8, teacher_dim=8, student_dtype=torch.float32, teacher_dtype=torch.float32, device=DEVICE,
-    divergence=divergences.resolve("forward_kl"), cross_entropy=False, z_loss=False,
+    tokens=4, vocabulary=100, student_dim=8, teacher_dim=8, student_dtype=torch.float32, teacher_dtype=torch.float32, device=DEVICE
 )  # fmt: skip
 
 

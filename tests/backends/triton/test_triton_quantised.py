@@ -20,6 +20,7 @@ from accuracy import (
 from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, reference
 from distill_kernels.backends import triton as backend
 from distill_kernels.call import worthwhile
+from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.estimators import sampling
 from distill_kernels.estimators.correction import Correction
@@ -165,7 +166,7 @@ def test_sums_and_scores_are_those_of_the_8_bit_rows(options, sweep, swept):
 
     x, y = logits(kernels.student), logits(kernels.teacher)
     r_q, r_p, r_1, slope_total = kernels.relative_to.double().unsqueeze(-1)
-    log_q, log_p, log_1 = x / problem.temperature - r_q, y / problem.temperature - r_p, x - r_1
+    log_q, log_p, log_1 = x / problem.options.temperature - r_q, y / problem.options.temperature - r_p, x - r_1
     value, slope = problem.divergence(log_p, log_q)
     untempered = problem.cross_entropy or problem.z_loss
     below = torch.zeros_like(value)
@@ -179,11 +180,12 @@ def test_sums_and_scores_are_those_of_the_8_bit_rows(options, sweep, swept):
         assert ((got.squeeze(-1) - truth.sum(-1)).abs() <= 2e-5 * parts.sum(-1)).all(), name
     kd, ce, z_loss = chunk.coefficients.double().unsqueeze(-1).unbind(1)
     dz, mass = slope - log_q.exp() * slope_total, log_q.exp().clamp(max=1) + log_p.exp().clamp(max=1)
-    squares = (problem.student_logit_scale * kd / problem.temperature).square() * (dz.square().clamp(max=1) + AGREEMENT * mass.square())
+    scale = problem.options.student_logit_scale
+    squares = (scale * kd / problem.options.temperature).square() * (dz.square().clamp(max=1) + AGREEMENT * mass.square())
     if untempered:
-        squares = squares + (problem.student_logit_scale * (ce.abs() + 2 * (z_loss * r_1).abs()) * log_1.exp().clamp(max=1)).square()
+        squares = squares + (scale * (ce.abs() + 2 * (z_loss * r_1).abs()) * log_1.exp().clamp(max=1)).square()
         is_label = torch.arange(VOCABULARY, device=DEVICE) == chunk.labels[:, None]
-        squares = squares + is_label * (problem.student_logit_scale * ce).square()
+        squares = squares + is_label * (scale * ce).square()
     torch.testing.assert_close(scores.double(), squares.sum(0).sqrt(), rtol=2e-4, atol=0)
 
 
@@ -343,7 +345,6 @@ def test_peak_is_within_the_plan():
 
 SIMPLE = Problem(
     tokens=4, vocabulary=100, student_dim=8, teacher_dim=8, student_dtype=torch.float32, teacher_dtype=torch.float32, device=DEVICE,
-    divergence=divergences.resolve("forward_kl"), cross_entropy=False, z_loss=False, column_fraction=0.5,
 )  # fmt: skip
 
 
@@ -351,6 +352,7 @@ SIMPLE = Problem(
 def test_float8_is_refused_where_no_tensor_core_multiplies_it(sweep, capability, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = backend.why_not(dataclasses.replace(SIMPLE, sweep=sweep, device=torch.device("cuda")))
+    swept = dataclasses.replace(SIMPLE, options=Options(sweep=sweep, column_fraction=0.3))
+    found = backend.why_not(dataclasses.replace(swept, device=torch.device("cuda")))
     assert found is None if reason is None else reason in found
-    assert backend.why_not(dataclasses.replace(SIMPLE, sweep=sweep)) is None or ON_GPU
+    assert backend.why_not(swept) is None or ON_GPU
