@@ -9,11 +9,10 @@ from document_blocks import run_python_blocks
 from sparse_cases import TAILS, TOKENS, VOCABULARY, everything, make_case, results_of
 
 import distill_kernels
-from distill_kernels import backends, reference, selected_logprobs, sparse_distillation_loss, token_logprobs
+from distill_kernels import backends, plan, reference, selected_logprobs, sparse_distillation_loss, token_logprobs
 from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.ops import listed_entries
-from distill_kernels.schedule import plan
 
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 EACH = pytest.mark.parametrize("tail", TAILS)
