@@ -38,7 +38,7 @@ sanitize: $(INSTALLED)
 	$(call SANITIZED,address,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 	cd build/sanitize-address/lib && LD_PRELOAD=$(call LIBRARY,asan):$(call LIBRARY,stdc++) ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest --capture=sys \
-		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_fuzz.py
+		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/backends/native/test_native.py $(CURDIR)/tests/backends/native/test_fuzz.py
 	$(call SANITIZED,thread,-fsanitize=thread)
 	LD_PRELOAD=$(call LIBRARY,tsan) TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
 		$(BIN)/python tests/backends/native/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so
