@@ -1,5 +1,6 @@
 """Before any test imports triton: without a GPU its kernels run on CPU tensors, in the interpreter. And fixtures of several files."""
 
+import collections
 import contextlib
 import itertools
 import os
@@ -40,18 +41,17 @@ def pytest_collection_modifyitems(items):
 
 def uncovered(items, together):
     """The items beyond a cover, which takes what has most that is new, and of those what has values that were used least."""
-
-    def found_in(item):
-        values = sorted(item.callspec.indices.items())
-        return set(itertools.combinations(values, min(together, len(values))))
-
-    left = {item: found_in(item) for item in items if item.get_closest_marker("exhaustive") is None}
-    wanted, used = set().union(*left.values()), dict.fromkeys((pair for item in left for pair in item.callspec.indices.items()), 0)
+    values = {item: sorted((name, id(value)) for name, value in item.callspec.params.items()) for item in items}
+    left = {
+        item: set(itertools.combinations(values[item], min(together, len(values[item]))))
+        for item in items
+        if item.get_closest_marker("exhaustive") is None
+    }
+    wanted, used = set().union(*left.values()), collections.Counter()
     while wanted:
-        best = max(left, key=lambda item: (len(left[item] & wanted), -sum(used[pair] for pair in item.callspec.indices.items())))
+        best = max(left, key=lambda item: (len(left[item] & wanted), -sum(used[value] for value in values[item])))
         wanted -= left.pop(best)
-        for pair in best.callspec.indices.items():
-            used[pair] += 1
+        used.update(values[best])
     return list(left)
 
 

@@ -56,7 +56,9 @@ NUMBERS = {
     "beta": lambda x: distillation_loss(**CALL, divergence=divergences.jensen_shannon(beta=0.2 * x)),
     "column_fraction": lambda x: sampled_by(0.1 * x),
     "lists": lambda x: sparse_distillation_loss(*LEAVES, IDS, LOGPROBS, tail="renormalise", temperature=x, teacher_temperature=1.0),
-    "lists, per token": lambda x: sparse_distillation_loss(*LEAVES, IDS, LOGPROBS, tail="bucket", student_logit_scale=x, reduction="none").sum(),
+    "lists, per token": lambda x: sparse_distillation_loss(
+        *LEAVES, IDS, LOGPROBS, tail="bucket", student_logit_scale=x, reduction="none"
+    ).sum(),
     "log-probabilities": lambda x: sum(made.sum() for made in token_logprobs(*LEAVES, LABELS, temperature=x)),
     "chosen log-probabilities": lambda x: selected_logprobs(*LEAVES, IDS, temperature=x)[0].square().sum(),
 }
