@@ -80,7 +80,7 @@ def test_json_is_json_alone(teacher, text, tmp_path, capsys):
 def test_two_ranks_of_torchrun_write_what_one_process_does(teacher, text, tmp_path):
     program = ["-m", "distill_kernels.api.command_line"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([sys.executable, *torchrun, *program, *flags(teacher, text, tmp_path / "two", "--json")], check=True, timeout=300)
+    subprocess.run([sys.executable, *torchrun, *program, *flags(teacher, text, tmp_path / "two", "--json")], check=True, timeout=1800)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert main(flags(teacher, text, tmp_path / "one")) == 0

@@ -214,6 +214,7 @@ def test_compiled_loss_is_dynamic_in_tokens(backend, reduction, fresh_compiler):
 
 
 @backends
+@pytest.mark.covering(1)
 def test_compiled_loss_takes_other_token_counts_and_an_annealed_temperature(backend, fresh_compiler):
     """Whatever changes from step to step becomes symbolic to the compiler at the second step."""
     compiled = torch.compile(distillation_loss, fullgraph=True, backend="aot_eager")

@@ -110,6 +110,7 @@ def test_demo_measures_one_loss_step(finished):
         assert measured["peak_bytes"] is None or 0 <= measured["peak_bytes"] < 100 * 2**20
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_is_that_of_the_step(tmp_path):
     """A case with known answer: eager holds at least the two models' logits and log-probabilities, fused only its workspace."""
     tokens, vocabulary, width = 512, 50_000, 8

@@ -38,7 +38,7 @@ def test_training_equals_eager_torch(tmp_path, tied):
     assert_same_run(got, wanted)
     loss, kd, ce = curve(got, "loss", "kd", "ce").T
     torch.testing.assert_close(4 * kd + 0.3 * ce, loss, rtol=1e-4, atol=0)  # transformers 4 logs four decimals of the loss
-    assert curve(got)[-1, 0] < 0.9 * curve(got)[0, 0]
+    assert curve(got)[-3:, 0].mean() < 0.95 * curve(got)[:3, 0].mean()
 
 
 def test_without_a_teacher_training_equals_trainer_s_own_loss(tmp_path):
@@ -135,7 +135,6 @@ def test_bfloat16_is_autocast_of_both_models(tmp_path, monkeypatch):
     # To float32 the models' own roundings come in: of a tensor by 2⁻⁹ of it, at some 20 places forward and as many backward, each of which
     # a norm may feel in full.
     assert ((losses[0] / losses[2] - 1).abs() <= 40 * 2.0**-9).all() and ((norms / norms[2] - 1).abs() <= 40 * 2.0**-9).all()
-    print(bound, losses, norms)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):

@@ -1,6 +1,11 @@
-"""What each of two processes runs for test_trainer_distributed.py: python -m torch.distributed.run ... trainer_processes.py FOLDER."""
+"""What each of two processes runs for test_trainer_distributed.py: python trainer_processes.py FOLDER.
+
+The environment is that of torchrun, which the examples' tests run. Here one process imports everything and forks, for half of the time.
+"""
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -64,6 +69,13 @@ def sharded(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    child = os.fork()
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1")
     replicated(Path(sys.argv[1]))
     sharded(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
