@@ -203,7 +203,7 @@ def _varies(value: Any) -> bool:
     them. To ask is no guard. Where other guards leave a number little room it is taken for a constant, and the graph is compiled anew."""
     if not torch.compiler.is_compiling() or isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return not all([statically_known_true(value != other) for other in _SOME_NUMBERS])
+    return not all(statically_known_true(value != other) for other in _SOME_NUMBERS)
 
 
 def _stated(value: Any, numbers: list[Any]) -> str:

@@ -8,14 +8,14 @@ import torch
 from accuracy import BACKENDS, Inputs, everything, make_inputs, make_labels, make_token_weight, relative, with_gradients
 from torch.utils.checkpoint import checkpoint
 
-from distill_kernels import distillation_loss, distillation_loss_and_stats, reference
+from distill_kernels import distillation_loss, distillation_loss_and_stats, plan, reference
 from distill_kernels.backends import native
 from distill_kernels.call import worthwhile
 from distill_kernels.call.problem import Problem
 from distill_kernels.call.worthwhile import kept_columns
 from distill_kernels.estimators import sampling
 from distill_kernels.estimators.columns import philox
-from distill_kernels.schedule import chunked, plan
+from distill_kernels.schedule import chunked
 from distill_kernels.schedule.plan import MIB
 
 pytest.importorskip("triton")

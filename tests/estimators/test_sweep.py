@@ -9,11 +9,10 @@ import torch
 from accuracy import BACKENDS, Inputs, make_inputs, make_labels, make_token_weight, relative, with_gradients
 from torch.utils.checkpoint import checkpoint
 
-from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, prepare_head, reference
+from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, plan, prepare_head, reference
 from distill_kernels.backends import native
 from distill_kernels.call import worthwhile
 from distill_kernels.estimators import quantised
-from distill_kernels.schedule import plan
 
 TOKENS, VOCABULARY, FRACTION = 21, 700, 0.3
 GRADIENTS = ("d_student_hidden", "d_student_weight")

@@ -32,11 +32,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, reference, token_logprobs
+from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
 from distill_kernels.backends.torch.rows import STATISTICS, Sums
 from distill_kernels.call import shards, worthwhile
 from distill_kernels.call.problem import STATS
-from distill_kernels.schedule import plan
 
 TOKENS, VOCABULARY, STUDENT_DIM, TEACHER_DIM = 37, 301, 24, 16
 CASES = {}  # name -> (function, numbers of ranks)

@@ -347,7 +347,8 @@ def test_module_names_options_it_does_not_have(no_work):
 def test_unknown_argument_is_refused_by_name(no_work):
     assert_refused(lambda: distillation_loss(**good_call(), temprature=2.0), TypeError, "unexpected keyword argument 'temprature'")
     with_stats = distill_kernels.distillation_loss_and_stats
-    assert_refused(lambda: with_stats(**good_call(), temprature=2.0), TypeError, "^the loss has no option temprature; its options are .*temperature")
+    words = "^the loss has no option temprature; its options are .*temperature"
+    assert_refused(lambda: with_stats(**good_call(), temprature=2.0), TypeError, words)
 
 
 @pytest.mark.parametrize(
