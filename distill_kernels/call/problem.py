@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from distill_kernels.call import worthwhile
 from distill_kernels.call.options import DEFAULTS, ENGINE_NAMES, Options
@@ -203,6 +202,9 @@ def _varies(value: Any) -> bool:
     them. To ask is no guard. Where other guards leave a number little room it is taken for a constant, and the graph is compiled anew."""
     if not torch.compiler.is_compiling() or isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
+    # Here, for it takes sympy with it, a third of the time that importing this package would take. A compiler has it loaded.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return not all(statically_known_true(value != other) for other in _SOME_NUMBERS)
 
 
