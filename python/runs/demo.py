@@ -164,7 +164,7 @@ def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple
     """(the student both runs start from, where it comes from)."""
     if settings.student is None:
         keep = initial_models.DEFAULT_LAYERS if settings.teacher is None else initial_models.layers_to_keep(teacher)
-        origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(teacher.base_model.layers)}, its embeddings and head frozen"
+        origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(initial_models.layers_of(teacher))}, its embeddings and head frozen"
         return initial_models.cut_student(teacher, keep), origin
     student, student_tokenizer = initial_models.load("--student", settings.student)
     initial_models.check_tokenizers(tokenizer, student_tokenizer)
