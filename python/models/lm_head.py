@@ -77,7 +77,8 @@ def head_of(model: Any) -> Head:
     for base in type(model).__mro__:
         if base.__name__ in _WRAPPERS:
             raise TypeError(f"run_backbone got a model wrapped in {base.__name__}, wanted the model itself: {_WRAPPERS[base.__name__]}")
-    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
+    is_causal = isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")
+    if not is_causal:
         raise TypeError(f"run_backbone got {kind}, wanted a causal language model of transformers")
     head = model.get_output_embeddings()
     if head is None:
