@@ -173,7 +173,8 @@ def state(problem: Problem) -> tuple[str, Tensor | None]:
     text it would be a constant of the graph. As a float argument of a custom op it would be one too: torch's compiler keeps that of
     another call in its caches (pytorch/pytorch#197889). Tensors are always those of the call.
     """
-    said, numbers = [], []
+    said: list[str] = []
+    numbers: list[Any] = []
     for name, default in _ASKED_DEFAULTS.items():
         value = getattr(problem, name)
         if isinstance(default, bool):

@@ -42,7 +42,8 @@ def _read(
 
 def _run(problem: Problem, tensors: Tensors, lists: Lists, loss: Loss) -> Outputs:
     with without_autocast(problem.device):
-        return backends.choose(problem).run_listed(problem, tensors, lists.ids, loss)
+        outputs: Outputs = backends.choose(problem).run_listed(problem, tensors, lists.ids, loss)
+        return outputs
 
 
 def run_terms(
@@ -84,7 +85,7 @@ def terms(
     def loss(chunk: Chunk, listed: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         made = terms_and_gradient(problem, lists.of(chunk.tokens), chunk.coefficients, listed, others)
         chunk.terms.copy_(made[0])
-        return made[1:]
+        return made[1], made[2]
 
     outputs = _run(problem, tensors, lists, loss)
     return (coefficients * outputs.terms).sum(), outputs.terms, outputs.d_hidden, outputs.d_weight, outputs.d_bias
@@ -103,7 +104,8 @@ def _(hidden, weight, bias, ids, log_p, tail_mass, labels, coefficients, numbers
 def _save_terms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, call = inputs
     total, terms_, *gradients = output
-    problem = read(call, numbers, Tensors(*tensors[:3], None, None, None, None, tensors[-1]))
+    hidden, weight, bias, *_, coefficients = tensors
+    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, coefficients))
     ctx.set_materialize_grads(False)
     ctx.call, ctx.deferred = call, problem.deferred
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
@@ -130,7 +132,8 @@ terms.register_autograd(_terms_backward, setup_context=_save_terms)
 def run_logprobs(problem: Problem, tensors: Tensors, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(log q_k (N, K), log q_rest (N,)), differentiable."""
     call, numbers = state(problem)
-    return logprobs(*tensors[:3], ids, numbers, call)
+    made, rest = logprobs(*tensors[:3], ids, numbers, call)
+    return made, rest
 
 
 @torch.library.custom_op("distill_kernels::listed_logprobs", mutates_args=())
@@ -213,7 +216,8 @@ def _(hidden, weight, bias, ids, d_logprobs, d_rest, numbers, call):  # type: ig
 
 def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, call = inputs
-    problem = read(call, numbers, Tensors(*tensors[:3], None, None, None, None, tensors[3]))
+    hidden, weight, bias, ids = tensors
+    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, ids))
     ctx.call = restated(call, deferred=False)
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
