@@ -100,9 +100,10 @@ class DistillationTrainer(Trainer):
     @property
     def _student(self) -> nn.Module:
         """self.model, which Trainer may be made without, but not used."""
-        if self.model is None:
+        student: nn.Module | None = self.model
+        if student is None:
             raise TypeError("model is missing: pass the student")
-        return self.model
+        return student
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         trained = {id(parameter) for parameter in self._student.parameters() if parameter.requires_grad}

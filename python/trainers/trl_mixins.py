@@ -180,4 +180,5 @@ def _redirection() -> Callable[..., Any]:
     """trl's way of calling a method inside of the forward of what wraps a model, which keeps DDP's and FSDP's hooks in force."""
     from trl.models.utils import _ForwardRedirection
 
-    return _ForwardRedirection()
+    redirection: Callable[..., Any] = _ForwardRedirection()
+    return redirection
