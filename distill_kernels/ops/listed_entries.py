@@ -5,7 +5,6 @@ again (4S) and knows what each token's terms are worth. `logprobs` are log-proba
 3S backward).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +27,6 @@ from distill_kernels.listed import (
 from distill_kernels.ops.gradients import finished, scaled, without_autocast
 from distill_kernels.schedule.chunked import Chunk, Outputs, empty_outputs
 
-# loss(chunk, listed, others): see `backends`, run_listed
-Loss = Callable[[Chunk, Tensor, Tensor], tuple[Tensor, Tensor] | None]
-
 
 def _read(
     call: str, numbers: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, ids: Tensor
@@ -40,10 +36,9 @@ def _read(
     return replace(problem, d_hidden=False, d_weight=False, d_bias=False) if problem.deferred else problem, tensors
 
 
-def _run(problem: Problem, tensors: Tensors, lists: Lists, loss: Loss) -> Outputs:
+def _run(problem: Problem, tensors: Tensors, lists: Lists, loss: backends.Loss) -> Outputs:
     with without_autocast(problem.device):
-        outputs: Outputs = backends.choose(problem).run_listed(problem, tensors, lists.ids, loss)
-        return outputs
+        return backends.choose(problem).run_listed(problem, tensors, lists.ids, loss)
 
 
 def run_terms(
