@@ -21,12 +21,11 @@ from accuracy import (
 )
 from cuda_emulated import DEVICE, ON_GPU
 
-from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, reference, token_logprobs
+from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
 from distill_kernels.backends import cuda as backend
 from distill_kernels.backends.cuda import extension, launch
 from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
-from distill_kernels.schedule import plan
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS, VOCABULARY = 21, 300

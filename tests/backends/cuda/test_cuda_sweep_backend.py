@@ -7,10 +7,9 @@ import torch
 from accuracy import assert_as_good_as_eager, eager_loss, eager_with_gradients, everything, make_inputs, make_token_weight, moved
 from cuda_emulated import DEVICE, ON_GPU
 
-from distill_kernels import distillation_loss, divergences, reference, token_logprobs
+from distill_kernels import distillation_loss, divergences, plan, reference, token_logprobs
 from distill_kernels.backends.cuda import launch, sweep
 from distill_kernels.backends.cuda.launch import Limits
-from distill_kernels.schedule import plan
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS, VOCABULARY = 140, 300

@@ -7,10 +7,9 @@ import pytest
 import torch
 from accuracy import DIVERGENCES, check_loss, everything, make_inputs, make_labels, make_token_weight, with_gradients
 
-from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, token_logprobs
+from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, token_logprobs
 from distill_kernels.backends import native
 from distill_kernels.call.problem import WORKSPACE_MIB
-from distill_kernels.schedule import plan
 
 if native._native is None:
     pytest.skip("the compiled extension was not built", allow_module_level=True)

@@ -9,9 +9,8 @@ import torch
 from accuracy import make_labels
 from sparse_cases import TAILS, TOKENS, VOCABULARY, Case, check_sparse, everything, make_case, results_of
 
-from distill_kernels import divergences, selected_logprobs, sparse_distillation_loss
+from distill_kernels import divergences, plan, selected_logprobs, sparse_distillation_loss
 from distill_kernels.backends import triton as backend
-from distill_kernels.schedule import plan
 
 triton_guard = pytest.importorskip("triton_guard", reason="triton is not installed", exc_type=ImportError)
 

@@ -19,10 +19,9 @@ from accuracy import (
     with_gradients,
 )
 
-from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, reference, token_logprobs
+from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
 from distill_kernels.backends import triton as backend
 from distill_kernels.call.problem import Problem
-from distill_kernels.schedule import plan
 
 pytest.importorskip("triton_guard", reason="triton is not installed", exc_type=ImportError)
 

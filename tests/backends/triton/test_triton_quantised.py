@@ -17,7 +17,7 @@ from accuracy import (
     with_gradients,
 )
 
-from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, reference
+from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, reference
 from distill_kernels.backends import triton as backend
 from distill_kernels.call import worthwhile
 from distill_kernels.call.options import Options
@@ -26,7 +26,6 @@ from distill_kernels.estimators import sampling
 from distill_kernels.estimators.correction import Correction
 from distill_kernels.estimators.quantised import AGREEMENT
 from distill_kernels.ops import whole_vocabulary
-from distill_kernels.schedule import plan
 
 pytest.importorskip("triton_guard", reason="triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("guarded", "sampling_pays")
