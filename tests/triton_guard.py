@@ -32,6 +32,7 @@ import math
 import random
 from collections import Counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -308,10 +309,23 @@ def _tagged(argument):
     return value
 
 
+_original_tensor = tl.tensor.__init__
+_shapes = {}  # (number of elements, shape) of a tensor, by its type's name
+
+
+def _tensor(self, handle, type):
+    """`tl.tensor.__init__`, which makes a type for every shape it is given; nothing changes a shape."""
+    if type.name not in _shapes:
+        _original_tensor(self, handle, type)
+        _shapes[type.name] = self.numel, self.shape
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = _shapes[type.name]
+
+
 class _Scope(interpreter._LangPatchScope):
     """The language's names as the interpreter patches them, until `restore`. They are found once, and set from memory after that."""
 
-    found = []  # (owner, name, value) of every change
+    found: ClassVar = []  # (owner, name, value) of every change
     entered = False
 
     def __init__(self):
@@ -320,6 +334,7 @@ class _Scope(interpreter._LangPatchScope):
             made = _patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))  # what kernels see, and what the language's own do
             self.found += [(owner, name, vars(owner)[name]) for owner, name, _ in made._changes]
             made.restore()
+            self.found.append((tl.tensor, "__init__", _tensor))
         for change in self.found:
             self.set_attr(*change)
         _Scope.entered = True
