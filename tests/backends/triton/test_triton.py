@@ -113,7 +113,7 @@ def test_ragged_sizes_match_reference(sizes, divergence):
 # Products of a chunk are torch's. What the kernels make of chunks is in two dtypes, by a divergence of either kind.
 @pytest.mark.parametrize("dtype, divergence", paired(ALL_DTYPES, TWO, kept=["float32", "bfloat16"]))
 def test_several_chunks_match_reference(dtype, divergence):
-    tokens, vocabulary = 40, 3000
+    tokens, vocabulary = 50, 3000
     inputs = make_inputs("moderate", tokens, vocabulary, 16, 24, dtype=dtype, bias=True)
     chunks = plan(tokens, vocabulary, 16, 24, dtype=dtype, device=DEVICE, backend="triton", workspace_mib=1).chunks
     assert chunks > 1
