@@ -1,4 +1,6 @@
-# make test: set everything up in .venv and run all tests.      make demo: distil a real teacher into a student.
+# make test: set everything up in .venv and run the tests, of every kind, in some minutes: tests/README.md says which there are.
+# make test-all: the exhaustive rest, to be run after it, and what depends on the processor on the narrower instruction sets it has.
+# make demo: distil a real teacher into a student.
 # make bench: the benchmarks.    make lint    make generate: print divergences.py as C++.    make clean
 # make sanitize: the native tests on builds with sanitizers: of addresses and undefined behaviour, and of races between threads.
 
@@ -15,11 +17,29 @@ COMMA := ,
 LIBRARY = $(shell $(CXX) -print-file-name=lib$(1).so)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: test demo bench sanitize lint generate clean
+.PHONY: test test-all demo bench sanitize lint generate clean
 
 # A process for each core, up to four: most tests use one thread. Passive: threads of two processes that wait for work must not spin.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not exhaustive"
+
+# What the processor has a say in: products of torch and oneDNN, and the native kernels, which test_native.py holds to every set itself.
+PROCESSOR = tests/losses tests/estimators tests/ops/test_autograd.py tests/trainers/test_trainer.py tests/trainers/test_trainer_teachers.py
+
+# The native kernels are held to each narrower set that they have here, and with avx2 torch and oneDNN are, too. Where avx2 is the widest,
+# the processor has no AVX-512: `make test` ran just that, and what is left is the baseline, which torch and oneDNN know nothing of.
+test-all: $(INSTALLED)
+	$(PYTEST) -m exhaustive
+	set -e; for set in $$($(BIN)/python -c "from distill_kernels.backends import native; print(*native.instruction_sets()[1:])"); do \
+		if [ $$set = avx2 ]; then \
+			ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not exhaustive" --instruction-set $$set $(PROCESSOR) \
+				--deselect tests/losses/test_shards.py -k "not triton"; \
+		else \
+			$(PYTEST) -m "not exhaustive" --instruction-set $$set tests/losses tests/estimators -k "native and not triton"; \
+		fi; \
+	done
 
 demo: $(INSTALLED)
 	$(BIN)/distill-kernels demo
@@ -38,7 +58,7 @@ sanitize: $(INSTALLED)
 	$(call SANITIZED,address,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 	cd build/sanitize-address/lib && LD_PRELOAD=$(call LIBRARY,asan):$(call LIBRARY,stdc++) ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest --capture=sys \
-		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_fuzz.py
+		-c $(CURDIR)/pyproject.toml $(CURDIR)/tests/backends/native/test_native.py $(CURDIR)/tests/backends/native/test_fuzz.py
 	$(call SANITIZED,thread,-fsanitize=thread)
 	LD_PRELOAD=$(call LIBRARY,tsan) TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
 		$(BIN)/python tests/backends/native/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so

@@ -1,6 +1,8 @@
 """Before any test imports triton: without a GPU its kernels run on CPU tensors, in the interpreter. And fixtures of several files."""
 
+import collections
 import contextlib
+import itertools
 import os
 
 import pytest
@@ -8,6 +10,49 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--instruction-set", help="hold the native kernels to this instruction set, as on a processor that has no wider one")
+
+
+def pytest_configure(config):
+    if (name := config.getoption("--instruction-set")) is not None:
+        from distill_kernels.backends import native
+
+        if name not in native.instruction_sets():
+            raise pytest.UsageError(f"--instruction-set {name}: there are {', '.join(native.instruction_sets())}")
+        native.INSTRUCTION_SET = name
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Of a test marked `covering(k)` only as many of its parameters' combinations stay in `make test` as it takes to have every k of their
+    values together once; the others are exhaustive."""
+    functions = {}
+    for item in items:
+        if item.get_closest_marker("covering") and hasattr(item, "callspec"):
+            functions.setdefault((item.path, item.originalname), []).append(item)
+    for members in functions.values():
+        (together,) = members[0].get_closest_marker("covering").args
+        for item in uncovered(members, together):
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def uncovered(items, together):
+    """The items beyond a cover, which takes what has most that is new, and of those what has values that were used least."""
+    values = {item: sorted((name, id(value)) for name, value in item.callspec.params.items()) for item in items}
+    left = {
+        item: set(itertools.combinations(values[item], min(together, len(values[item]))))
+        for item in items
+        if item.get_closest_marker("exhaustive") is None
+    }
+    wanted, used = set().union(*left.values()), collections.Counter()
+    while wanted:
+        best = max(left, key=lambda item: (len(left[item] & wanted), -sum(used[value] for value in values[item])))
+        wanted -= left.pop(best)
+        used.update(values[best])
+    return list(left)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def suite(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.exhaustive
 def test_dry_run_runs_to_its_end(tmp_path):
     made = suite(tmp_path, "--dry-run")
     assert made.returncode == 0, made.stdout + made.stderr
@@ -214,6 +215,7 @@ def test_estimate_that_errs_otherwise_than_it_predicts_is_not_timed(factor, monk
     }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_test_stage_takes_every_test_of_both_backends():
     def collected(*arguments):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", *arguments]

@@ -230,7 +230,7 @@ def test_the_other_kind_of_loss_is_refused(whole, tmp_path):
 # Reading rows
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
 def test_workers_read_what_one_process_reads(whole, context):
     whole.row(0)  # so that a shard is open when the workers are forked
     alone = list(DataLoader(whole.dataset(), batch_size=3, collate_fn=whole.collate))

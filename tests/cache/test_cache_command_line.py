@@ -76,6 +76,7 @@ def test_json_is_json_alone(teacher, text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["kind"] == "top-k"
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_of_torchrun_write_what_one_process_does(teacher, text, tmp_path):
     program = ["-m", "distill_kernels.api.command_line"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -53,6 +53,7 @@ def test_eager_loss_is_the_divergence(divergence):
     assert loss.item() == pytest.approx(truth[str(divergence)].mean().item(), rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_bench_measures_memory_in_processes_of_their_own(alone, capsys):
     sizes = ["--tokens", "512", "--vocabulary", "50000", "--student-dim", "8", "--teacher-dim", "8", "--rounds", "1"]
     assert main(["bench", *sizes, "--workspace-mib", "16", "--json"]) == 0

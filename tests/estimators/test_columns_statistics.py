@@ -61,10 +61,12 @@ CASES = {
 
 @both
 @pytest.mark.parametrize("family, options", CASES.values(), ids=CASES.keys())
+@pytest.mark.covering(1)
 def test_mean_over_seeds_is_the_exact_gradient(sampling_pays, family, options, backend):
     assert_unbiased(make_inputs(family, TOKENS, VOCABULARY, 16, 24), backend=backend, **options)
 
 
+@pytest.mark.exhaustive
 def test_mean_over_seeds_is_the_exact_gradient_near_the_teacher(sampling_pays):
     inputs = make_inputs("equal", TOKENS, VOCABULARY, 16, 16)
     nudged = inputs.student_hidden + 0.01 * torch.randn(inputs.student_hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -93,6 +95,7 @@ def five_percent_high(scores, kept, uniform):
 
 @both
 @pytest.mark.parametrize("biased", [unweighted, five_percent_high])
+@pytest.mark.covering(1)
 def test_biased_estimate_is_found_out(sampling_pays, monkeypatch, biased, backend):
     monkeypatch.setattr(sampling, "draw", biased)
     monkeypatch.setattr(native.Kernels, "draw", staticmethod(biased))
@@ -120,6 +123,7 @@ def observed_and_predicted(inputs, seeds, backend="torch", **options):
 @both
 @pytest.mark.parametrize("fraction, temperature", [(0.04, 1.0), (0.16, 1.0), (0.1, 2.0), (0.1, 4.0)])
 @pytest.mark.parametrize("family", ["moderate", "realistic", "flat", "peaked"])
+@pytest.mark.covering(1)
 def test_error_is_the_predicted_one(sampling_pays, family, fraction, temperature, backend):
     inputs = make_inputs(family, 48, 3000, 64, 96)
     observed, predicted = observed_and_predicted(inputs, 40, backend, column_fraction=fraction, temperature=temperature)
@@ -128,6 +132,7 @@ def test_error_is_the_predicted_one(sampling_pays, family, fraction, temperature
 
 @both
 @pytest.mark.parametrize("tolerance", [0.5, 0.2, 0.05])
+@pytest.mark.covering(1)
 def test_fraction_is_the_smallest_within_the_tolerance(sampling_pays, tolerance, backend):
     inputs = make_inputs("moderate", 48, 5000, 64, 64)
     errors = {f: observed_and_predicted(inputs, 10, backend, column_fraction=f)[0].max().item() for f in worthwhile.FRACTIONS}

@@ -14,6 +14,7 @@ from distill_kernels.backends import native
 from distill_kernels.call import worthwhile
 from distill_kernels.estimators import quantised
 
+pytestmark = pytest.mark.covering(2)
 TOKENS, VOCABULARY, FRACTION = 21, 700, 0.3
 GRADIENTS = ("d_student_hidden", "d_student_weight")
 on_all = pytest.mark.parametrize("backend", BACKENDS)

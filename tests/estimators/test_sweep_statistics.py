@@ -95,6 +95,7 @@ CASES = {
 
 @both
 @pytest.mark.parametrize("family, options", CASES.values(), ids=CASES.keys())
+@pytest.mark.covering(1)
 def test_mean_is_exact_and_standard_errors_are_the_errors(sampling_pays, family, options, backend):
     off, errors, gradients = samples(make(family), backend, **options)
     assert_unbiased(off, errors, gradients)
@@ -113,6 +114,7 @@ def thirty_percent_high(scores, kept, uniform):
 
 @both
 @pytest.mark.parametrize("biased", [unweighted, thirty_percent_high])
+@pytest.mark.covering(1)
 def test_biased_estimate_is_found_out(sampling_pays, monkeypatch, biased, backend):
     monkeypatch.setattr(sampling, "draw", biased)
     monkeypatch.setattr(native.Kernels, "draw", staticmethod(biased))
@@ -121,6 +123,7 @@ def test_biased_estimate_is_found_out(sampling_pays, monkeypatch, biased, backen
 
 
 @both
+@pytest.mark.covering(1)
 def test_outdated_copy_is_corrected(sampling_pays, backend):
     """The worst control variate: another head. Without the correction the loss would be far off."""
     inputs = make("moderate")
@@ -139,6 +142,7 @@ def test_outdated_copy_is_corrected(sampling_pays, backend):
 @both
 @pytest.mark.parametrize("family", ["moderate", "realistic"])
 @pytest.mark.parametrize("options", [{}, {"divergence": "reverse_kl"}, {"temperature": 2.0}], ids=["forward", "reverse", "tempered"])
+@pytest.mark.covering(1)
 def test_gradient_error_is_the_predicted_one(sampling_pays, family, options, backend):
     inputs = make(family)
     exact = with_gradients(distillation_loss, inputs, 1.0, backend=backend, reduction="sum", **options)

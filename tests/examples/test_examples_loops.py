@@ -47,14 +47,17 @@ def plain():
     return losses
 
 
+@pytest.mark.exhaustive
 def test_lightning_loop_is_a_plain_loop(plain):
     assert run("lightning", "lightning_loop.py") == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_accelerate_loop_on_two_processes_is_a_plain_loop(plain):
     assert run("accelerate", *ON_TWO, "accelerate_loop.py") == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_torchrun_fsdp2_on_two_processes_is_a_plain_loop(plain):
     assert run("torch", *ON_TWO, "torchrun_fsdp2.py") == pytest.approx(plain, rel=1e-4)
 

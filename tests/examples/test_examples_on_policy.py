@@ -88,6 +88,7 @@ def test_a_student_comes_closer_where_it_writes(example, estimator, tmp_path, mo
     assert (tmp_path / "student" / "model.safetensors").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_real_student_comes_closer_where_it_writes(example, monkeypatch, capsys):
     """SmolLM2 and twelve of its layers, for as few steps as show anything."""
     try:

@@ -238,6 +238,12 @@ def test_folders_are_small_and_say_what_is_inside(folder):
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
+def test_every_folder_of_tests_is_named_in_their_readme():
+    folders = {path.parent.relative_to(ROOT / "tests") for kind in ("*.py", "*.cpp") for path in (ROOT / "tests").rglob(kind)} - {Path(".")}
+    named = re.findall(r"^ *- `([\w/]+)/`: \S", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {*folders, *(folder.parent for folder in folders if len(folder.parts) > 1)} == {Path(name) for name in named}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_file_is_too_long(path):
     if path.parent.name == "generated":

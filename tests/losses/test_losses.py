@@ -26,6 +26,7 @@ from distill_kernels import distillation_loss, distillation_loss_and_stats, dive
 from distill_kernels.schedule import chunked
 
 TOKENS, VOCABULARY = 21, 300
+pytestmark = pytest.mark.covering(2)
 # For hundreds of calls of random sizes, and for one token or two features: eager's error is a few draws of luck there, and calls
 # that are right exceed the rule by up to two.
 SLACK = 4

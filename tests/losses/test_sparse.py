@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from distill_kernels import distillation_loss, divergences, reference, sparse_distillation_loss
 
+pytestmark = pytest.mark.covering(2)
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 EACH = pytest.mark.parametrize("tail", TAILS)
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -14,6 +14,7 @@ from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem, Tensors, state
 from distill_kernels.ops import listed_entries
 
+pytestmark = pytest.mark.covering(2)
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
 EACH = pytest.mark.parametrize("tail", TAILS)
 CASE = make_case("moderate", bias=True)

@@ -13,6 +13,8 @@ from distill_kernels import distillation_loss, divergences
 from distill_kernels.ops import whole_vocabulary
 from distill_kernels.schedule import chunked
 
+pytestmark = pytest.mark.covering(2)
+
 BACKENDS = ("torch", "native")
 REDUCTIONS = ("mean", "sum", "none")
 LEAVES = ("student_hidden", "student_weight", "student_bias")
@@ -110,6 +112,7 @@ OP_SAMPLES = {
 @backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])  # eager gradients, deferred ones
 @pytest.mark.parametrize("make", OP_SAMPLES.values(), ids=OP_SAMPLES)
+@pytest.mark.covering(1)
 def test_custom_op_passes_opcheck(backend, reduction, make, calls_of_op, monkeypatch):
     stats = make in (full_sample, OP_SAMPLES["frozen_head"])
     function = distill_kernels.distillation_loss_and_stats if stats else distillation_loss
@@ -122,6 +125,7 @@ def test_custom_op_passes_opcheck(backend, reduction, make, calls_of_op, monkeyp
 
 @backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.covering(1)
 def test_custom_ops_of_sampled_columns_pass_opcheck(backend, reduction, sampling_pays, calls_of_op, monkeypatch):
     late, multiply_kept = [], whole_vocabulary.multiply_kept
     monkeypatch.setattr(whole_vocabulary, "multiply_kept", lambda *args: late.append(args) or multiply_kept(*args))
@@ -135,6 +139,7 @@ def test_custom_ops_of_sampled_columns_pass_opcheck(backend, reduction, sampling
 
 
 @backends
+@pytest.mark.covering(1)
 def test_compiled_sampled_loss_is_dynamic_in_tokens(backend, sampling_pays, fresh_compiler):
     compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (12, 20, 33):
@@ -157,6 +162,7 @@ def test_custom_op_serves_token_logprobs_in_opcheck(backend, calls_of_op, monkey
 
 @reductions
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", divergences.jensen_shannon(beta=0.3)], ids=str)
+@pytest.mark.covering(1)
 def test_gradients_pass_gradcheck_in_float64(reduction, divergence):
     call = sample(*LEAVES, tokens=4, vocabulary=7, labels=True, bias=True, dtype=torch.float64)
     call |= {"temperature": 1.7, "student_softcap": 4.0, "student_logit_scale": 0.8, "z_loss_weight": 0.01, "label_smoothing": 0.1}
@@ -179,7 +185,7 @@ def fresh_compiler():
 
 
 COMPILED = [(r, b, "aot_eager", m) for r in ("mean", "none") for b in BACKENDS for m in ("plain", "full")]
-COMPILED += [("mean", "native", "inductor", "full")]
+COMPILED += [pytest.param("mean", "native", "inductor", "full", marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize(("reduction", "backend", "compiler", "make"), COMPILED)
@@ -196,6 +202,7 @@ def test_compiled_loss_equals_eager_without_graph_break(reduction, backend, comp
 
 @backends
 @reductions
+@pytest.mark.covering(1)
 def test_compiled_loss_is_dynamic_in_tokens(backend, reduction, fresh_compiler):
     compiled = torch.compile(distillation_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (12, 20, 33):

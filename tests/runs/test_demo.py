@@ -287,6 +287,7 @@ def test_a_full_disk_leaves_the_old_report(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT to one process")
+@pytest.mark.exhaustive
 def test_an_interrupted_demo_leaves_nothing(teacher, text, tmp_path):
     output, log = tmp_path / "output", tmp_path / "log"
     command = [sys.executable, "-m", "distill_kernels.api.command_line"]

@@ -322,6 +322,7 @@ def test_a_rank_of_a_divided_vocabulary_is_planned():
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.exhaustive
 def test_measured_peak_is_within_the_plan(name, peaks):
     c = CASES[name]
     plan = distill_kernels.plan(
@@ -333,6 +334,7 @@ def test_measured_peak_is_within_the_plan(name, peaks):
     assert peaks[name] >= 0.8 * plan.gradient_bytes / MIB
 
 
+@pytest.mark.exhaustive
 def test_eager_estimate_is_near_the_measured_peak(peaks):
     plan = distill_kernels.plan(EAGER["tokens"], EAGER["vocabulary"], EAGER["dim"], EAGER["dim"])
     assert plan.eager_bytes + plan.gradient_bytes == pytest.approx(peaks["eager"] * MIB, rel=0.4)

@@ -44,6 +44,7 @@ def added(monkeypatch, adds):
 
 @on_both
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.covering(1)
 def test_gradients_of_several_chunks_match_reference(dtype, adds, added):
     # slack: gradients of logits are rounded to 16 bits before their products, which eager does not do.
     check_loss(make_inputs("realistic", tokens=64, vocabulary=3000, dtype=dtype), backend="triton", workspace_mib=1, slack=2)

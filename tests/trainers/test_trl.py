@@ -330,6 +330,7 @@ print("two processes agree")
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_learn_what_they_do_with_trl(tmp_path):
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
