@@ -63,8 +63,12 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD=$(call LIBRARY,tsan) TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
 		$(BIN)/python tests/backends/native/race_driver.py build/sanitize-thread/lib/distill_kernels/_native*.so
 
+# mypy finds packages by their folders, and python/ is installed as distill_kernels.api: it checks a folder of links, in which it is one.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	rm -rf build/types && mkdir -p build/types/distill_kernels
+	ln -s $(CURDIR)/distill_kernels/* build/types/distill_kernels && ln -s $(CURDIR)/python build/types/distill_kernels/api
+	$(BIN)/mypy
 
 generate: $(INSTALLED)
 	$(BIN)/python -m distill_kernels.codegen

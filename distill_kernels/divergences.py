@@ -22,8 +22,9 @@ functions marked `@shared_expression`. Arguments are finite: a backend raises ev
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import exp, log, maximum, minimum, sign  # noqa: F401 (all that a body may call)
 
@@ -37,34 +38,35 @@ class Divergence:
 
     name: str
     parameters: tuple[float, ...] = ()
-    body: Callable = field(compare=False, repr=False, default=None)
+    body: Any = field(compare=False, repr=False, default=None)  # a function; None where none of the name is registered
 
-    def __call__(self, log_p, log_q):
+    def __call__(self, log_p: Any, log_q: Any) -> tuple[Any, Any]:
         """(value, slope), elementwise, of teacher and student log-probabilities of the same shape."""
-        return self.body(log_p, log_q, *self.parameters)
+        value, slope = self.body(log_p, log_q, *self.parameters)
+        return value, slope
 
     @property
     def one_pass(self) -> bool:
         """Whether its sums can be taken before the log-sum-exps are known: see `renormalised_by`."""
         return hasattr(self.body, "renormalise")
 
-    def __reduce__(self):  # the body is found by name again: the module's attribute of that name is its family
+    def __reduce__(self) -> tuple[Any, ...]:  # the body is found by name again: the module's attribute of that name is its family
         return from_parameters, (self.name, self.parameters)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{p:g}' for p in self.parameters)})" if self.parameters else self.name
 
 
 class Family:
     """What `register` makes of a body: call it with the parameters to get a `Divergence`."""
 
-    def __init__(self, body, check):
+    def __init__(self, body: Callable[..., Any], check: Callable[..., None] | None) -> None:
         self.body, self.check = body, check
         self.name = body.__name__
         self.parameter_names = tuple(inspect.signature(body).parameters)[2:]
         self.__doc__ = body.__doc__
 
-    def __call__(self, *args, **kwargs) -> Divergence:
+    def __call__(self, *args: float, **kwargs: float) -> Divergence:
         signature = inspect.signature(self.body)
         try:
             bound = signature.bind(None, None, *args, **kwargs)
@@ -81,7 +83,7 @@ class Family:
             self.check(**parameters)
         return Divergence(self.name, tuple(float(v) for v in parameters.values()), self.body)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<divergence {self.name}({', '.join(self.parameter_names)})>"
 
 
@@ -90,7 +92,7 @@ SHARED_EXPRESSIONS: list[Callable] = []
 BUILT_IN: tuple[str, ...] = ()  # what this file registers; filled in at its end
 
 
-def register(body=None, *, check=None):
+def register(body: Callable[..., Any] | None = None, *, check: Callable[..., None] | None = None) -> Any:
     """Decorator that makes `body(log_p, log_q, *parameters) -> (value, slope)` a divergence.
 
     `check(**parameters)`, if given, raises ValueError for parameters outside the body's domain. A registered divergence runs on
@@ -108,21 +110,21 @@ def register(body=None, *, check=None):
     return FAMILIES[body.__name__]
 
 
-def renormalised_by(renormalise):
+def renormalised_by(renormalise: Callable[..., Any]) -> Callable[[Any], Any]:
     """Decorator of a body whose sums can be corrected afterwards, so that one pass over the logits does.
 
     `renormalise(value, slope, excess_p, excess_q)` turns Σ value and Σ slope taken at (log p + excess_p, log q + excess_q) into those at
     (log p, log q). A kernel may then sum with logits less a running maximum in place of log-probabilities.
     """
 
-    def mark(body):
+    def mark(body: Any) -> Any:
         body.renormalise = renormalise
         return body
 
     return mark
 
 
-def resolve(divergence) -> Divergence:
+def resolve(divergence: Any) -> Divergence:
     """The `Divergence` meant by a name, a family without parameters, or a `Divergence`. Raises ValueError or TypeError in words."""
     if isinstance(divergence, Divergence):
         if _body(divergence.name) is not divergence.body:
@@ -142,12 +144,12 @@ def resolve(divergence) -> Divergence:
     return family()
 
 
-def from_parameters(name, parameters) -> Divergence:
+def from_parameters(name: str, parameters: Iterable[float]) -> Divergence:
     """The Divergence of a name and parameters that `resolve` or a family has already checked."""
     return Divergence(name, tuple(parameters), _body(name))
 
 
-def _body(name):
+def _body(name: str) -> Any:
     known = STUDENT_ENTROPY if name == STUDENT_ENTROPY.name else FAMILIES.get(name)
     return None if known is None else known.body
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +16,7 @@ HUGE_PAGE = 2**21
 
 
 @functools.cache
-def _madvise():
+def _madvise() -> Callable[[int, int, int], int] | None:
     """libc's madvise, or None where there is no such advice to give."""
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
@@ -27,8 +28,9 @@ def _madvise():
 def empty(*shape: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`like.new_empty(shape, dtype=dtype)`, in huge pages where it is large, on CPU, and not being traced."""
     tensor = like.new_empty(shape, dtype=dtype)
-    if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.nbytes >= 2 * HUGE_PAGE and _madvise() is not None:
+    large = type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.nbytes >= 2 * HUGE_PAGE
+    if large and (advise := _madvise()) is not None:
         begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
-        _madvise()(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: a refusal changes nothing
+        advise(begin, end - begin, mmap.MADV_HUGEPAGE)  # advice: a refusal changes nothing
     return tensor

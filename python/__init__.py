@@ -1,5 +1,7 @@
 """The public API of distill_kernels; `import distill_kernels` shows the same names."""
 
+from typing import Any
+
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.cache.writing import write_teacher_cache
 from distill_kernels.api.losses.distillation import (
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Names that need a package of their own; not in __all__, so that `import *` asks for none."""
     if name == "DistillationTrainer":
         from distill_kernels.api.trainers.distillation_trainer import DistillationTrainer

@@ -1,13 +1,15 @@
 """The kernels of csrc/cuda compiled by g++ for the emulation in tests/cuda_emulation, as the Python module that nvcc makes for a GPU.
 
-What is built is kept under build/, by a hash of all sources; objects by a hash of what the preprocessor makes of theirs, so that a change
-costs the files that it reaches. Any number of processes share what is there.
+What is built is kept under build/, by a hash of all sources; objects by a hash of theirs and of what these include, so that a change costs
+the files that it reaches. Headers of the C++ library are compiled once. Any number of processes share what is there.
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -26,6 +28,10 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 CACHE = ROOT / "build" / "cuda_emulation"
 CXX = shutil.which("g++")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDK_EMULATED", f"-I{EMULATION}")
+LIBRARY = (
+    "algorithm", "array", "cmath", "cstddef", "cstdint", "cstdio", "cstdlib", "cstring", "fstream", "functional", "memory", "random",
+    "stdexcept", "string", "vector",
+)  # fmt: skip
 PARTS = ("scheduler", "instructions", "hopper")
 MODULE = "_cuda_emulated"
 # Of a sanitizer: how kernels are compiled, and what the scheduler, which is not to be instrumented, has to know.
@@ -71,11 +77,44 @@ def cached(name, key, make):
     return made
 
 
+@functools.cache
+def compiler():
+    return run(CXX, "--version")
+
+
+def included(source, folders):
+    """The contents of a file and of all that it includes of its own folder and of `folders`; the compiler has the rest."""
+    found = [Path(source)]
+    for path in found:  # which grows
+        for name in re.findall(r'^ *#include [<"](.+?)[>"]', path.read_text(), re.MULTILINE):
+            places = (folder / name for folder in (path.parent, *folders))
+            here = next((place.resolve() for place in places if place.exists()), None)
+            if here is not None and here not in found:
+                found.append(here)
+    return [path.read_bytes() for path in found]
+
+
+@functools.cache
+def preamble(flags):
+    """A header that includes LIBRARY; the compiler takes what it has compiled of it beside it. To parse it is a second for each object."""
+    text = "".join(f"#include <{header}>\n" for header in LIBRARY)
+
+    def make(draft):
+        header = draft.with_name("preamble.h")
+        header.write_text(text)
+        run(CXX, *flags, "-x", "c++-header", header, "-o", draft)
+
+    return cached("preamble.h.gch", [compiler(), text.encode(), " ".join(flags).encode()], make).with_suffix("")
+
+
 def object_of(source, flags):
-    language = ("-x", "c++", source)
-    how = " ".join(flag for flag in map(str, flags) if not flag.startswith("-I"))  # what is included is in the text
-    key = [run(CXX, *flags, "-E", "-P", *language), how.encode()]
-    return cached(f"{Path(source).stem}.o", key, lambda out: run(CXX, *flags, "-c", *language, "-o", out))
+    how = [flag for flag in flags if not flag.startswith("-I")]
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    ours = [folder for folder in folders if folder == EMULATION or folder.name == "csrc"]
+    key = [compiler(), " ".join(how).encode(), *included(source, ours)]
+    header = preamble(tuple(flag for flag in how if not flag.startswith("-D")))
+    command = (CXX, *flags, "-include", header, "-c", "-x", "c++", source)
+    return cached(f"{Path(source).stem}.o", key, lambda out: run(*command, "-o", out))
 
 
 def objects(sources, sanitizer="", flags=()):

@@ -1,38 +1,58 @@
 """The backend contract, and the choice among backends.
 
-A backend is a module of this package with
-
-    describe() -> str                    what it is on this machine, for `doctor`
-    why_not(problem) -> str | None       None if it can run the problem, else the reason in words
-    schedule(problem) -> Schedule        what the planner must know of it
-    run(problem, tensors) -> Outputs     the terms of the loss, and the gradients of Σ coefficients · terms
-    multiply_kept(problem, saved) -> Outputs    those gradients alone, from what a run with problem.keeps_dz has kept
-    run_listed(problem, tensors, ids, loss) -> Outputs    if it has one, what `run` is, of entries that tokens list, ids (N, K): for each
-                                         chunk it makes listed and others, as `distill_kernels.listed` says, and loss(chunk, listed, others)
-                                         writes the terms and returns (d_listed, d_others), or None where no gradient is asked for
-
-Adding one: write the module, and put its name in ORDER where `auto` should consider it.
+A backend is a module of this package with the functions of `Backend`. Adding one: write the module, and put its name in ORDER where
+`auto` should consider it.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from typing import Any, Protocol, cast
 
 from torch import Tensor  # not torch itself, whose name here is a backend's
 
-from distill_kernels.call.problem import Problem
+from distill_kernels.call.problem import Problem, Tensors
 from distill_kernels.estimators import quantised
-from distill_kernels.schedule.plan import Plan, make_plan
+from distill_kernels.schedule.chunked import Chunk, Outputs, Saved
+from distill_kernels.schedule.plan import Plan, Schedule, make_plan
+
+# (chunk, listed, others), as `listed` defines them: writes the terms, returns (d_listed, d_others), or None where no gradient is asked for.
+Loss = Callable[[Chunk, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
+
+class Backend(Protocol):
+    """What a module of this package has. `run_listed` may be missing: then the backend has no losses of listed entries."""
+
+    __name__: str
+
+    def describe(self) -> str:
+        """What it is on this machine, for `doctor`."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None if it can run the problem, else the reason in words."""
+
+    def schedule(self, problem: Problem) -> Schedule:
+        """What the planner must know of it."""
+
+    def run(self, problem: Problem, tensors: Tensors) -> Outputs:
+        """The terms of the loss, and the gradients of Σ coefficients · terms."""
+
+    def multiply_kept(self, problem: Problem, saved: Saved) -> Outputs:
+        """Those gradients alone, from what a run with problem.keeps_dz has kept."""
+
+    def run_listed(self, problem: Problem, tensors: Tensors, ids: Tensor, loss: Loss) -> Outputs:
+        """What `run` is, of entries that tokens list, ids (N, K): `loss` is called for each chunk."""
+
 
 # Fastest first; but `cuda`, which has not been measured on any device, after what runs everywhere: `auto` never takes it.
 ORDER = ("native", "triton", "torch", "cuda")
 
 
-def load(name: str) -> ModuleType:
-    return importlib.import_module(f"distill_kernels.backends.{name}")
+def load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"distill_kernels.backends.{name}"))  # a module has types of its own
 
 
-def choose(problem: Problem) -> ModuleType:
+def choose(problem: Problem) -> Backend:
     """The backend module that runs `problem`: the one that its options name, or with "auto" the first of ORDER that can.
 
     Raises ValueError for an unknown name, NotImplementedError with every backend's reason where none (or not the one named) can run.
@@ -55,13 +75,14 @@ def choose(problem: Problem) -> ModuleType:
 
 def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """`quantised.quantise`, by the compiled kernel where there is one for it."""
-    native = load("native")
+    native: Any = load("native")
     if kind == "int8" and weight.device.type == "cpu" and native.instruction_sets():
-        return native.quantise(weight)
+        rows, scales = native.quantise(weight)
+        return rows, scales
     return quantised.quantise(weight, kind)
 
 
-def name_of(backend: ModuleType) -> str:
+def name_of(backend: Backend) -> str:
     return backend.__name__.rpartition(".")[2]
 
 

@@ -173,7 +173,8 @@ def state(problem: Problem) -> tuple[str, Tensor | None]:
     text it would be a constant of the graph. As a float argument of a custom op it would be one too: torch's compiler keeps that of
     another call in its caches (pytorch/pytorch#197889). Tensors are always those of the call.
     """
-    said, numbers = [], []
+    said: list[str] = []
+    numbers: list[Any] = []
     for name, default in _ASKED_DEFAULTS.items():
         value = getattr(problem, name)
         if isinstance(default, bool):
@@ -205,7 +206,7 @@ def _varies(value: Any) -> bool:
     # Here, for it takes sympy with it, a third of the time that importing this package would take. A compiler has it loaded.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return not all([statically_known_true(value != other) for other in _SOME_NUMBERS])  # noqa: C419 — a list is what the compiler traces
+    return not all(statically_known_true(value != other) for other in _SOME_NUMBERS)
 
 
 def _stated(value: Any, numbers: list[Any]) -> str:

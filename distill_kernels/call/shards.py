@@ -18,6 +18,7 @@ over the vocabulary is the sum of the shards' products, so the estimate of the s
 import hashlib
 from collections.abc import Generator
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -27,8 +28,9 @@ from distill_kernels.call.options import ENGINE_NAMES
 from distill_kernels.call.problem import Problem, Tensors
 
 # By their names of torch 2.13, or those before; None in a torch that was built without them, which has no groups either.
-_all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or getattr(distributed, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", None) or getattr(distributed, "reduce_scatter_tensor", None)
+Result = TypeVar("Result")
 # Fields of a problem that are each rank's own.
 _OWN = ("vocabulary", "device", "group", "shard_sizes", "options")
 _PLACES = 16  # of a tensor's entries, that are compared to see whether all ranks hold the same tokens
@@ -67,7 +69,8 @@ class Shards:
 
     @classmethod
     def in_group(cls, name: str, sizes: tuple[int, ...] = ()) -> "Shards":
-        group = distributed.distributed_c10d._resolve_process_group(name)
+        resolve: Any = distributed.distributed_c10d._resolve_process_group
+        group = resolve(name)
         return cls(group, distributed.get_rank(group), distributed.get_world_size(group), sizes)
 
     @property
@@ -97,13 +100,14 @@ class Shards:
         return own
 
 
-def waited_for(exchange: Generator):
+def waited_for(exchange: Generator[None, None, Result]) -> Result:
     """What an exchange returns."""
     while True:
         try:
             next(exchange)
         except StopIteration as done:
-            return done.value
+            made: Result = done.value
+            return made
 
 
 def join(problem: Problem, tensors: Tensors, backend: str) -> Problem:
@@ -154,7 +158,7 @@ def _weighted_sums(coefficients: Tensor) -> Tensor:
     return ((1 + places * 0.6180339887498949 % 1)[:, None] * coefficients.double()).sum(0)
 
 
-def _digest(value) -> int:
+def _digest(value: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
 
 
@@ -171,7 +175,7 @@ def _sampled(tensors: Tensors, name: str) -> Tensor:
     return torch.where(counts[-1] > 0, matrix[rows, places * matrix.shape[1] // _PLACES].double(), nothing)
 
 
-def _refuse(differ: Tensor, how: str):
+def _refuse(differ: Tensor, how: str) -> None:
     if differ.any():
         ranks = differ.nonzero().squeeze(-1).tolist()
         raise ValueError(f"process group: rank {' and '.join(map(str, ranks))} {how}")

@@ -45,7 +45,8 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def without_second_derivative(gradient: Tensor) -> Tensor:
     """The gradient as a function of the inputs that cannot be differentiated again: an error in place of a silent zero."""
-    return _NoSecondDerivative.apply(gradient, gradient.new_zeros((), requires_grad=True))
+    last: Tensor = _NoSecondDerivative.apply(gradient, gradient.new_zeros((), requires_grad=True))
+    return last
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -5,7 +5,6 @@ again (4S) and knows what each token's terms are worth. `logprobs` are log-proba
 3S backward).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +27,6 @@ from distill_kernels.listed import (
 from distill_kernels.ops.gradients import finished, scaled, without_autocast
 from distill_kernels.schedule.chunked import Chunk, Outputs, empty_outputs
 
-# loss(chunk, listed, others): see `backends`, run_listed
-Loss = Callable[[Chunk, Tensor, Tensor], tuple[Tensor, Tensor] | None]
-
 
 def _read(
     call: str, numbers: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, ids: Tensor
@@ -40,7 +36,7 @@ def _read(
     return replace(problem, d_hidden=False, d_weight=False, d_bias=False) if problem.deferred else problem, tensors
 
 
-def _run(problem: Problem, tensors: Tensors, lists: Lists, loss: Loss) -> Outputs:
+def _run(problem: Problem, tensors: Tensors, lists: Lists, loss: backends.Loss) -> Outputs:
     with without_autocast(problem.device):
         return backends.choose(problem).run_listed(problem, tensors, lists.ids, loss)
 
@@ -84,7 +80,7 @@ def terms(
     def loss(chunk: Chunk, listed: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         made = terms_and_gradient(problem, lists.of(chunk.tokens), chunk.coefficients, listed, others)
         chunk.terms.copy_(made[0])
-        return made[1:]
+        return made[1], made[2]
 
     outputs = _run(problem, tensors, lists, loss)
     return (coefficients * outputs.terms).sum(), outputs.terms, outputs.d_hidden, outputs.d_weight, outputs.d_bias
@@ -103,7 +99,8 @@ def _(hidden, weight, bias, ids, log_p, tail_mass, labels, coefficients, numbers
 def _save_terms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, call = inputs
     total, terms_, *gradients = output
-    problem = read(call, numbers, Tensors(*tensors[:3], None, None, None, None, tensors[-1]))
+    hidden, weight, bias, *_, coefficients = tensors
+    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, coefficients))
     ctx.set_materialize_grads(False)
     ctx.call, ctx.deferred = call, problem.deferred
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
@@ -130,7 +127,8 @@ terms.register_autograd(_terms_backward, setup_context=_save_terms)
 def run_logprobs(problem: Problem, tensors: Tensors, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(log q_k (N, K), log q_rest (N,)), differentiable."""
     call, numbers = state(problem)
-    return logprobs(*tensors[:3], ids, numbers, call)
+    made, rest = logprobs(*tensors[:3], ids, numbers, call)
+    return made, rest
 
 
 @torch.library.custom_op("distill_kernels::listed_logprobs", mutates_args=())
@@ -213,7 +211,8 @@ def _(hidden, weight, bias, ids, d_logprobs, d_rest, numbers, call):  # type: ig
 
 def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, call = inputs
-    problem = read(call, numbers, Tensors(*tensors[:3], None, None, None, None, tensors[3]))
+    hidden, weight, bias, ids = tensors
+    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, ids))
     ctx.call = restated(call, deferred=False)
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]

@@ -16,6 +16,7 @@ Gradients are accumulated and kept in float32 and rounded to the inputs' dtype o
 float16 gradient under a loss scaler must not underflow before it is scaled.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -143,6 +144,7 @@ def _backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any)
     upstream = d_terms if again else d_total
     if upstream is None:
         return (None,) * inputs
+    gradients: Sequence[Tensor | None]
     if ctx.keeps_dz:
         *kept, numbers = ctx.saved_tensors
         gradients = *multiply_kept(*kept, upstream, numbers, ctx.call), None

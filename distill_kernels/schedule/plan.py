@@ -53,8 +53,8 @@ class Plan:
         while_running = self.workspace_bytes + self.saved_bytes + self.gradient_bytes
         return self.quantised_bytes + max(while_running, self.gradient_bytes + self.cast_bytes)
 
-    def __str__(self):
-        def mib(count):
+    def __str__(self) -> str:
+        def mib(count: float) -> str:
             return f"{count / MIB:,.1f} MiB"
 
         return "\n".join(

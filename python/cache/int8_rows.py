@@ -16,4 +16,5 @@ def restore(rows: Tensor, scales: Tensor, dim: int) -> Tensor:
     blocks = (rows.float() * scales.unsqueeze(-1)).unflatten(-1, (-1, quantised.BLOCK))
     # The matrix is orthogonal: its transpose turns back.
     turned_back = (blocks @ quantised.hadamard(rows.device).T).flatten(-2)[..., :dim]
-    return turned_back * quantised.signs(dim, rows.device)
+    hidden: Tensor = turned_back * quantised.signs(dim, rows.device)
+    return hidden

@@ -24,7 +24,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -37,8 +37,21 @@ INDEX, UNFINISHED, HEAD = "index.json", "unfinished.json", "head.safetensors"
 METADATA = "distill_kernels"  # the only key: several would be written in an order that changes from run to run
 HEADER_BYTES = 1024  # of a shard or a head, at most; one line of the index is below that, too
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8", "int32", "int64")}
-KINDS = {"hidden": ("bfloat16", "float16", "float32", "int8"), "top-k": ("float32", "float16")}  # and their dtypes, the default first
+Kind = Literal["hidden", "top-k"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]  # of what is kept
+Columns = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by their names
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8", "int32", "int64")}
+# And their dtypes, the default first.
+KINDS: dict[str, tuple[Dtype, ...]] = {"hidden": ("bfloat16", "float16", "float32", "int8"), "top-k": ("float32", "float16")}
+
+
+class Manifest(TypedDict):
+    """What is known of a whole file."""
+
+    name: str
+    bytes: int
+    sha256: str
 
 
 class CacheError(UserError):
@@ -59,8 +72,8 @@ def shard_name(shard: int) -> str:
 class CachePlan:
     """What is to be written: a cache is continued, and its shards belong to it, if all of this is the same."""
 
-    kind: str  # "hidden" or "top-k"
-    dtype: str  # of the hidden states or of the log-probabilities
+    kind: Kind
+    dtype: Dtype  # of the hidden states or of the log-probabilities
     top_k: int  # 0 for hidden states
     temperature: float
     vocabulary: int
@@ -88,7 +101,7 @@ class CachePlan:
     def tokens(self) -> int:
         return sum(self.shard_tokens)
 
-    def shard_columns(self, shard: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def shard_columns(self, shard: int) -> Columns:
         """dtype and shape of every tensor of a shard."""
         rows, tokens = self.shard_rows[shard], self.shard_tokens[shard]
         return {
@@ -103,7 +116,7 @@ class CachePlan:
         """Number of each shard's first row, and at the end of all rows."""
         return (0, *itertools.accumulate(self.shard_rows))
 
-    def token_columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def token_columns(self) -> Columns:
         """dtype and shape of what is kept of the teacher for one token."""
         dtype = DTYPES[self.dtype]
         if self.kind == "top-k":
@@ -113,19 +126,19 @@ class CachePlan:
                 "tail_mass": (torch.float32, ()),
             }
         width = padded_dim(self.hidden_dim) if self.dtype == "int8" else self.hidden_dim
-        scale = {"hidden_scale": (torch.float32, ())} if self.dtype == "int8" else {}
+        scale: Columns = {"hidden_scale": (torch.float32, ())} if self.dtype == "int8" else {}
         return {"hidden": (dtype, (width,)), **scale, "logsumexp": (torch.float32, ()), "entropy": (torch.float32, ())}
 
     def token_bytes(self) -> int:
         """Of one token in a shard."""
         return DTYPES["int32"].itemsize + _column_bytes(self.token_columns())
 
-    def head_columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def head_columns(self) -> Columns:
         """dtype and shape of the tensors of the head; none where it is not stored."""
         if self.kind == "top-k":
             return {}
         dtype = DTYPES[self.head_dtype]
-        bias = {"bias": (dtype, (self.vocabulary,))} if self.has_bias else {}
+        bias: Columns = {"bias": (dtype, (self.vocabulary,))} if self.has_bias else {}
         return {"weight": (dtype, (self.vocabulary, self.hidden_dim)), **bias}
 
     @cached_property
@@ -145,17 +158,18 @@ class CachePlan:
         return ", ".join(words) or "shards of another size (shard_mib)"
 
 
-def _brief(value) -> str:
+def _brief(value: object) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else repr(value)
 
 
-def _column_bytes(columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+def _column_bytes(columns: Columns) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in columns.values())
 
 
 def shard_grid(lengths: Tensor, token_bytes: int, shard_bytes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rows and tokens of each shard: as many whole rows as `shard_bytes` have room for, one at least."""
-    rows, tokens = [], []
+    rows: list[int] = []
+    tokens: list[int] = []
     most = max(1, shard_bytes // token_bytes)
     for length in lengths.tolist():
         if not rows or tokens[-1] + length > most:
@@ -176,12 +190,12 @@ def metadata(plan: CachePlan, shard: int | None) -> dict[str, str]:
     return {METADATA: json.dumps({"plan": plan.fingerprint, "shard": shard})}
 
 
-def index_content(plan: CachePlan, files: list[dict[str, Any]]) -> dict[str, Any]:
+def index_content(plan: CachePlan, files: list[Manifest]) -> dict[str, Any]:
     """`files`: name, bytes and sha256 of each, in the order of plan.files."""
     return {"format": FORMAT, "version": VERSION, "plan": asdict(plan), "files": files}
 
 
-def parse(where: str, data: bytes) -> tuple[CachePlan, list[dict[str, Any]]]:
+def parse(where: str, data: bytes) -> tuple[CachePlan, list[Manifest]]:
     """The plan and the files of an index or of unfinished.json, which `where` names. Raises CacheError unless it is one."""
     try:
         content = json.loads(data)
@@ -203,11 +217,11 @@ def parse(where: str, data: bytes) -> tuple[CachePlan, list[dict[str, Any]]]:
     return plan, files
 
 
-def _manifest(content) -> dict[str, Any]:
+def _manifest(content: Any) -> Manifest:
     return {"name": str(content["name"]), "bytes": int(content["bytes"]), "sha256": str(content["sha256"])}
 
 
-def parse_manifest(data: bytes) -> dict[str, Any] | None:
+def parse_manifest(data: bytes) -> Manifest | None:
     """Name, bytes and sha256 of a whole file; None if the manifest is damaged."""
     try:
         return _manifest(json.loads(data))

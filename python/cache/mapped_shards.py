@@ -4,12 +4,15 @@ import bisect
 import json
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from distill_kernels.api.cache import layout, token_rows
-from distill_kernels.api.cache.layout import CacheError, CachePlan
+from distill_kernels.api.cache.layout import CacheError, CachePlan, Manifest
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 OPEN_SHARDS = 64  # kept open by a process; each takes a file descriptor
 
@@ -17,10 +20,10 @@ OPEN_SHARDS = 64  # kept open by a process; each takes a file descriptor
 class _Shard:
     """An open shard."""
 
-    def __init__(self, path: Path, plan: CachePlan, shard: int):
+    def __init__(self, path: Path, plan: CachePlan, shard: int) -> None:
         self.path, self.file = path, open_file(path)
         self.first_row = plan.first_rows[shard]
-        self.offsets = self.file.get_tensor("offsets").tolist()
+        self.offsets: list[int] = self.file.get_tensor("offsets").tolist()
         self.hashes = self.file.get_tensor("row_hash")
         steps = [end - begin for begin, end in zip(self.offsets, self.offsets[1:], strict=False)]
         if self.offsets[0] != 0 or self.offsets[-1] != plan.shard_tokens[shard] or min(steps) < 1:
@@ -28,13 +31,14 @@ class _Shard:
 
     def read(self, name: str, row: int) -> Tensor:
         begin, end = self.offsets[row - self.first_row : row - self.first_row + 2]
-        return self.file.get_slice(name)[begin:end]
+        rows: Tensor = self.file.get_slice(name)[begin:end]
+        return rows
 
 
 class MappedShards:
     """The shards of a cache that were used last, open. A forked process goes on with them: mapped files are only read."""
 
-    def __init__(self, folder: Path, plan: CachePlan):
+    def __init__(self, folder: Path, plan: CachePlan) -> None:
         self.folder, self.plan = folder, plan
         self.opened: OrderedDict[int, _Shard] = OrderedDict()
 
@@ -61,7 +65,7 @@ class MappedShards:
         return {"row": row, "input_ids": ids, **{f"teacher_{name}": shard.read(name, row) for name in self.plan.token_columns()}}
 
 
-def open_file(path: Path):
+def open_file(path: Path) -> "safe_open":
     """safetensors' reader. Raises CacheError if the file is not one, or not whole."""
     from safetensors import SafetensorError, safe_open
 
@@ -71,7 +75,7 @@ def open_file(path: Path):
         raise CacheError(f"{path} cannot be read: {error}") from error
 
 
-def check_file(folder: Path, plan: CachePlan, file: dict[str, Any], shard: int | None) -> None:
+def check_file(folder: Path, plan: CachePlan, file: Manifest, shard: int | None) -> None:
     """Size and header of a file against the index and the plan; `shard` is its number, None that of the head."""
     path = folder / file["name"]
     if not path.exists():

@@ -5,17 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill_kernels.api.cache import layout, mapped_shards, token_rows, whole_files
-from distill_kernels.api.cache.layout import CacheError, CachePlan
+from distill_kernels.api.cache.layout import CacheError, CachePlan, Manifest
 from distill_kernels.api.cache.mapped_shards import MappedShards
 from distill_kernels.api.cache.teacher_pass import PAD_ID, restore_hidden
 from distill_kernels.api.cache.token_rows import TokenRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tail = Literal["bucket", "renormalise", "ignore"]  # what is done with the tokens that a top-k cache has not kept
 
 HASHED_BYTES = 2**20  # at a time
 PADDING = {"top_ids": -1}  # of a column where there is no token; 0 elsewhere
@@ -59,7 +64,7 @@ class CachedTeacher:
             raise CacheError("a top-k cache has no hidden states; use sparse_distillation_loss(**as_sparse_teacher(tail))")
         return {"teacher_hidden": self.hidden, **{f"teacher_{name}": value for name, value in vars(self.head).items()}}
 
-    def as_sparse_teacher(self, tail: str) -> dict[str, Any]:
+    def as_sparse_teacher(self, tail: Tail) -> dict[str, Any]:
         """The teacher's keyword arguments of sparse_distillation_loss, `tail` among them; with "bucket" the tail's mass as it was kept."""
         if self.top_ids is None:
             raise CacheError("a cache of hidden states has no lists of tokens; use distillation_loss(**as_teacher())")
@@ -82,7 +87,7 @@ class TeacherCache:
         ...     loss = distillation_loss(**learned.as_student(), **cache.teacher_output(batch).as_teacher(), labels=labels)
     """
 
-    def __init__(self, path: Path, plan: CachePlan, files: list[dict[str, Any]]):
+    def __init__(self, path: Path, plan: CachePlan, files: list[Manifest]) -> None:
         self.path, self.plan = path, plan
         self._files = files
         self._shards = MappedShards(path, plan)
@@ -93,7 +98,7 @@ class TeacherCache:
         cls,
         path: str | Path,
         *,
-        tokenizer: Any = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         vocabulary: int | None = None,
         rows: TokenRows | Tensor | Iterable[Sequence[int]] | None = None,
     ) -> "TeacherCache":
@@ -134,7 +139,7 @@ class TeacherCache:
         return {"path": self.path, "plan": self.plan, "files": self._files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        TeacherCache.__init__(self, **state)
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the index. Raises CacheError naming those that differ."""
@@ -207,9 +212,10 @@ class TeacherCache:
         device = input_ids.device
         on_cpu, mask_on_cpu = input_ids.cpu(), mask.cpu()
         ids = [on_cpu[i][mask_on_cpu[i]] for i in range(len(on_cpu))]
-        columns = {f"teacher_{name}": batch.get(f"teacher_{name}") for name in self.plan.token_columns()}
-        missing = sorted(name for name, column in columns.items() if column is None)
-        if missing and len(missing) < len(columns):
+        names = [f"teacher_{name}" for name in self.plan.token_columns()]
+        columns: dict[str, Tensor] = {name: batch[name] for name in names if batch.get(name) is not None}
+        missing = sorted(set(names) - columns.keys())
+        if missing and columns:
             raise CacheError(f"the batch has some columns of a teacher but not {', '.join(missing)}; it is of another cache")
         if not missing and not bool((mask_on_cpu == (mask_on_cpu.cumsum(1) == torch.arange(1, mask.shape[1] + 1))).all()):
             raise CacheError("the batch brings a teacher's columns, which are padded on the right, but its attention_mask is not")
@@ -230,6 +236,7 @@ class TeacherCache:
         return CachedTeacher(self.plan.temperature, hidden, head, columns["logsumexp"], columns["entropy"])
 
     def _row_numbers(self, given: Tensor | None, ids: list[Tensor]) -> list[int]:
+        numbers: list[int] = []
         if given is not None:
             numbers = given.tolist()
             if len(numbers) != len(ids):
@@ -238,11 +245,12 @@ class TeacherCache:
             if beyond:
                 raise CacheError(f"{self.path} has {len(self)} rows, there is no row {beyond[0]}")
             return numbers
-        numbers = [self.find(row) for row in ids]
-        if None in numbers:
-            i = numbers.index(None)
-            begin = ", ".join(map(str, ids[i][:8].tolist()))
-            raise CacheError(f"row {i} of the batch, {len(ids[i])} token ids beginning {begin}, is in no row of {self.path}")
+        for i, row in enumerate(ids):
+            number = self.find(row)
+            if number is None:
+                begin = ", ".join(map(str, row[:8].tolist()))
+                raise CacheError(f"row {i} of the batch, {len(row)} token ids beginning {begin}, is in no row of {self.path}")
+            numbers.append(number)
         return numbers
 
     @cached_property
@@ -251,10 +259,10 @@ class TeacherCache:
         return torch.cat([self._shards.of(shard).hashes for shard in range(len(self.plan.shard_rows))]).sort()
 
 
-class CachedRows(Dataset):
+class CachedRows(Dataset[dict[str, Any]]):
     """The rows of a cache as items; see TeacherCache.dataset."""
 
-    def __init__(self, cache: TeacherCache):
+    def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
     def __len__(self) -> int:
@@ -264,7 +272,7 @@ class CachedRows(Dataset):
         return self.cache.row(row)
 
 
-def _index(path: Path) -> tuple[CachePlan, list[dict[str, Any]]]:
+def _index(path: Path) -> tuple[CachePlan, list[Manifest]]:
     content = whole_files.read(path / layout.INDEX)
     if content is not None:
         return layout.parse(str(path / layout.INDEX), content)

@@ -4,25 +4,31 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_kernels.api.cache.layout import CacheError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IntArray = NDArray[numpy.integer[Any]]
 
 MOST_ID = 2**31 - 1  # what int32 holds
 SAMPLED_ENTRIES = 4096  # of each of a model's tensors, for its fingerprint
 
 
-class TokenRows(Sequence):
+class TokenRows(Sequence[Tensor]):
     """Rows of token ids, packed: row i is ids[offsets[i] : offsets[i + 1]].
 
     ids (tokens,) int32, offsets (rows + 1,) int64.
     """
 
-    def __init__(self, ids: Tensor, offsets: Tensor):
+    def __init__(self, ids: Tensor, offsets: Tensor) -> None:
         self.ids, self.offsets = ids, offsets
 
     @classmethod
@@ -41,8 +47,16 @@ class TokenRows(Sequence):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row: int) -> Tensor:
-        """(length,) int64"""
+    @overload
+    def __getitem__(self, row: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, row: int | slice) -> Tensor | list[Tensor]:
+        """(length,) int64; of a slice, those of its rows."""
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return self.ids[self.offsets[row] : self.offsets[row + 1]].long()
@@ -67,7 +81,7 @@ class TokenRows(Sequence):
             raise CacheError(f"row {row} has the token id {int(self.ids[place])}, but the teacher's vocabulary has {vocabulary} entries")
 
 
-def _token_ids(number: int, row) -> numpy.ndarray:
+def _token_ids(number: int, row: Sequence[int] | Tensor) -> IntArray:
     array = row.numpy(force=True) if isinstance(row, Tensor) else numpy.asarray(row)
     if array.ndim != 1 or len(array) == 0 or not numpy.issubdtype(array.dtype, numpy.integer):
         got = "nothing" if array.size == 0 else f"{array.dtype} of shape {array.shape}"
@@ -77,7 +91,7 @@ def _token_ids(number: int, row) -> numpy.ndarray:
     return array.astype(numpy.int32)
 
 
-def _digest(ids: numpy.ndarray) -> bytes:
+def _digest(ids: IntArray) -> bytes:
     """sha256 of ids (length,) as 8-byte little-endian integers."""
     return hashlib.sha256(ids.astype("<i8").tobytes()).digest()
 
@@ -87,7 +101,7 @@ def row_hash(ids: Tensor) -> int:
     return int.from_bytes(_digest(ids.numpy(force=True))[:8], "little", signed=True)
 
 
-def tokenizer_sha256(tokenizer) -> str:
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Of the tokens and their ids: tokenizers that agree in these give distributions over one vocabulary."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -110,12 +124,12 @@ def model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def cut(documents: list[str], tokenizer: Any, sequence_length: int) -> TokenRows:
+def cut(documents: list[str], tokenizer: "PreTrainedTokenizerBase", sequence_length: int) -> TokenRows:
     """Rows of at most `sequence_length` tokens, from documents tokenised without special tokens; none spans two documents.
 
     A row of a single token, from which nothing can be predicted, is left out. Raises CacheError if nothing is left.
     """
-    rows = []
+    rows: list[list[int]] = []
     for document in documents:
         # verbose=False: documents are longer than the model's context, but rows are not.
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

@@ -10,17 +10,17 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from distill_kernels.api.cache import layout
-from distill_kernels.api.cache.layout import CacheError, CachePlan
+from distill_kernels.api.cache.layout import CacheError, CachePlan, Manifest
 
 
 def partial_name(name: str, writer: str) -> str:
     return f".{name}.{writer}.partial"
 
 
-def write_whole(path: Path, data: bytes, writer: str) -> dict[str, str | int]:
+def write_whole(path: Path, data: bytes, writer: str) -> Manifest:
     """Write a file, replacing what is there; returns its name, size and sha256. `writer`: who, in the name of the file in between.
 
     Raises CacheError if it cannot be written, for instance to a full disk; what was at the path stays then.
@@ -53,9 +53,9 @@ def read(path: Path) -> bytes | None:
         return None
 
 
-def manifests(folder: Path, plan: CachePlan) -> dict[str, dict[str, Any]]:
+def manifests(folder: Path, plan: CachePlan) -> dict[str, Manifest]:
     """Those of the files of an unfinished cache that are whole, by the file's name. One that is damaged is as good as none."""
-    found = {}
+    found: dict[str, Manifest] = {}
     for name in plan.files:
         content = read(folder / manifest_name(name))
         manifest = None if content is None else layout.parse_manifest(content)
@@ -81,7 +81,7 @@ class WriterLock:
     an NFS server). One with the same rank, and all of a world of another size, are refused; raises CacheError saying who holds it.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int):
+    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         self.folder = folder
         self.world = f"of-{world_size}"
         self.name = f"{rank}-{self.world}"
@@ -101,7 +101,9 @@ class WriterLock:
             on_error.pop_all()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None = None, error: BaseException | None = None, trace: TracebackType | None = None
+    ) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 

@@ -2,21 +2,26 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from distill_kernels.api.cache import layout, teacher_pass, token_rows, whole_files
-from distill_kernels.api.cache.layout import CacheError, CachePlan
+from distill_kernels.api.cache.layout import CacheError, CachePlan, Dtype, Kind, Manifest
 from distill_kernels.api.cache.token_rows import TokenRows
 from distill_kernels.api.cache.whole_files import WriterLock, write_whole
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
 from distill_kernels.call import checks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Run = Callable[..., BackboneOutput]  # of a teacher, over input_ids (B, S) and, where rows are padded, attention_mask (B, S)
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,16 @@ class CacheReport:
 
 
 def write_teacher_cache(
-    teacher: nn.Module | Callable[..., BackboneOutput],
+    teacher: nn.Module | Run,
     rows: TokenRows | Tensor | Iterable[Sequence[int]],
     output: str | Path,
     *,
-    kind: str = "hidden",
-    dtype: str | None = None,
+    kind: Kind = "hidden",
+    dtype: Dtype | None = None,
     top_k: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 8,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     fingerprint: str | None = None,
     shard_mib: float = 256,
     workspace_mib: int | None = None,
@@ -101,10 +106,9 @@ def write_teacher_cache(
     run, fingerprint = _teacher(teacher, fingerprint)
     with torch.no_grad():
         head = run(input_ids=rows[0][None, :1].to(_device(teacher)))
-    plan = _plan(
-        head, rows, kind=kind, dtype=dtype, top_k=top_k, temperature=float(temperature), batch_size=batch_size, teacher=fingerprint,
-        tokenizer_sha256=None if tokenizer is None else token_rows.tokenizer_sha256(tokenizer), shard_bytes=int(shard_mib * 2**20),
-    )  # fmt: skip
+    tokenizer_sha256 = None if tokenizer is None else token_rows.tokenizer_sha256(tokenizer)
+    asked = _Asked(temperature=float(temperature), batch_size=batch_size, teacher=fingerprint, tokenizer_sha256=tokenizer_sha256)
+    plan = _plan(head, rows, asked, kind=kind, dtype=dtype, top_k=top_k, shard_bytes=int(shard_mib * 2**20))
     folder = Path(output)
     files = plan.files
     report = partial(
@@ -129,8 +133,8 @@ def write_teacher_cache(
             if not (folder / layout.UNFINISHED).exists():
                 write_whole(folder / layout.UNFINISHED, layout.to_json(layout.index_content(plan, [])), lock.name)
             if rank == 0 and layout.HEAD in files.keys() - whole.keys():
-                columns = {"weight": head.weight, "bias": head.bias}
-                write(layout.HEAD, {name: columns[name].detach().to("cpu").contiguous() for name in plan.head_columns()})
+                tensors = {"weight": head.weight, "bias": head.bias}
+                write(layout.HEAD, {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items() if tensor is not None})
             ours = [shard for shard in range(rank, len(plan.shard_rows), world_size) if layout.shard_name(shard) not in whole]
             with _bar(progress, sum(plan.shard_tokens[shard] for shard in ours)) as bar:
                 for shard in ours:
@@ -142,11 +146,11 @@ def write_teacher_cache(
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise CacheError(f"rank is {rank} and world_size {world_size}, wanted both or neither")
-    if rank is None:
+    if rank is None and world_size is None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if rank is None or world_size is None:
+        raise CacheError(f"rank is {rank} and world_size {world_size}, wanted both or neither")
     checks.integer("rank", rank, least=0)
     checks.integer("world_size", world_size, least=1)
     if rank >= world_size:
@@ -154,7 +158,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def _teacher(teacher, fingerprint: str | None) -> tuple[Callable[..., BackboneOutput], str]:
+def _teacher(teacher: nn.Module | Run, fingerprint: str | None) -> tuple[Run, str]:
     if isinstance(teacher, nn.Module):
         if teacher.training:
             raise CacheError("teacher is in training mode, where dropout would be cached; call teacher.eval()")
@@ -166,12 +170,23 @@ def _teacher(teacher, fingerprint: str | None) -> tuple[Callable[..., BackboneOu
     return teacher, fingerprint
 
 
-def _device(teacher) -> torch.device:
+def _device(teacher: nn.Module | Run) -> torch.device:
     """Where a model wants its ids; a function moves them itself."""
     return next(teacher.parameters()).device if isinstance(teacher, nn.Module) else torch.device("cpu")
 
 
-def _plan(head: BackboneOutput, rows: TokenRows, *, kind, dtype, top_k, shard_bytes: int, **values) -> CachePlan:
+class _Asked(TypedDict):
+    """What a plan takes over as it is."""
+
+    temperature: float
+    batch_size: int
+    teacher: str
+    tokenizer_sha256: str | None
+
+
+def _plan(
+    head: BackboneOutput, rows: TokenRows, asked: _Asked, *, kind: Kind, dtype: Dtype | None, top_k: int | None, shard_bytes: int
+) -> CachePlan:
     if kind not in layout.KINDS:
         raise CacheError(f"kind must be one of {', '.join(map(repr, layout.KINDS))}, got {kind!r}")
     dtypes = layout.KINDS[kind]
@@ -191,13 +206,13 @@ def _plan(head: BackboneOutput, rows: TokenRows, *, kind, dtype, top_k, shard_by
     plan = CachePlan(
         kind=kind, dtype=dtype, top_k=top_k or 0, vocabulary=vocabulary, hidden_dim=hidden_dim, head_dtype=head_dtype,
         has_bias=head.bias is not None, logit_scale=float(head.logit_scale), softcap=head.softcap, dataset_sha256=rows.sha256(),
-        shard_rows=(), shard_tokens=(), **values,
+        shard_rows=(), shard_tokens=(), **asked,
     )  # fmt: skip
     shard_rows, shard_tokens = layout.shard_grid(rows.lengths(), plan.token_bytes(), shard_bytes)
     return replace(plan, shard_rows=shard_rows, shard_tokens=shard_tokens)
 
 
-def _whole_files(folder: Path, plan: CachePlan) -> dict[str, dict[str, Any]]:
+def _whole_files(folder: Path, plan: CachePlan) -> dict[str, Manifest]:
     """The manifests of the files of an unfinished cache that are whole. Raises CacheError if the folder holds anything but this cache."""
     if not folder.exists():
         return {}
@@ -226,8 +241,10 @@ def _check_room(folder: Path, wanted: int) -> None:
         )
 
 
-def _shard(run, plan, rows: TokenRows, shard: int, device, workspace_mib, bar) -> dict[str, Tensor]:
-    of_shard = [rows[row] for row in range(*plan.first_rows[shard : shard + 2])]
+def _shard(
+    run: Run, plan: CachePlan, rows: TokenRows, shard: int, device: torch.device, workspace_mib: int | None, bar: "_Bar"
+) -> dict[str, Tensor]:
+    of_shard = rows[slice(*plan.first_rows[shard : shard + 2])]
     parts = []
     for begin in range(0, len(of_shard), plan.batch_size):
         batch = of_shard[begin : begin + plan.batch_size]
@@ -262,14 +279,19 @@ def _finish(folder: Path, plan: CachePlan, writer: str) -> bool:
     return True
 
 
+class _Bar(Protocol):
+    def update(self, tokens: int, /) -> object: ...
+
+
 class _NoBar:
     def update(self, tokens: int) -> None:
         pass
 
 
-def _bar(progress: bool, tokens: int):
+def _bar(progress: bool, tokens: int) -> AbstractContextManager[_Bar]:
     if not progress:
         return nullcontext(_NoBar())
     from tqdm import tqdm
 
-    return tqdm(total=tokens, unit="token", unit_scale=True, desc="teacher")
+    bar: AbstractContextManager[_Bar] = tqdm(total=tokens, unit="token", unit_scale=True, desc="teacher")
+    return bar

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
@@ -17,12 +19,25 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.DTYPES}
 class Parser(argparse.ArgumentParser):
     """Without the usage, which is longer than a screen and hides the one sentence that matters."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what it takes\n")
 
 
+class Commands(Protocol):
+    """What a parser's add_subparsers returns."""
+
+    def add_parser(self, *names: Any, **options: Any) -> Parser: ...
+
+
 def add_command(
-    commands, name: str, run: Callable, *, summary: str, description: str, example: str, if_interrupted: str = "nothing was written"
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    summary: str,
+    description: str,
+    example: str,
+    if_interrupted: str = "nothing was written",
 ) -> Parser:
     """The parser of a command. `run` gets the parsed arguments, and raises UserError for what the user can put right.
 
@@ -55,7 +70,7 @@ def add_loss_options(parser: Parser, leave_out: Collection[str] = ()) -> None:
             group.add_argument(f"--{flag}", type=kind, metavar={int: "INT", str: "NAME", divergence: "NAME"}.get(kind, "FLOAT"), help=shown)
 
 
-def loss_options(given: argparse.Namespace) -> dict:
+def loss_options(given: argparse.Namespace) -> dict[str, Any]:
     """Those that were given."""
     return {name: value for name, value in vars(given).items() if name in LOSS_OPTIONS}
 
@@ -74,16 +89,16 @@ def divergence(text: str) -> divergences.Divergence:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def fraction(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+def fraction(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else float(text)
 
 
-def speaking_json(wanted: bool):
+def speaking_json(wanted: bool) -> AbstractContextManager[object]:
     """What is printed within goes to stderr, if stdout is for JSON alone."""
     return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
 
 
-LOSS_OPTIONS = {
+LOSS_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "divergence": (divergence, "a name, or for instance 'jensen_shannon(beta=0.1)'"),
     "temperature": (float, "of both distributions of the divergence"),
     "temperature_squared": (bool, "do not multiply the divergence by temperature²"),

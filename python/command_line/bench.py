@@ -3,13 +3,21 @@
 import argparse
 import json
 
-from distill_kernels.api.command_line.arguments import LOSS_OPTIONS, add_command, add_loss_options, device, loss_options, speaking_json
+from distill_kernels.api.command_line.arguments import (
+    LOSS_OPTIONS,
+    Commands,
+    add_command,
+    add_loss_options,
+    device,
+    loss_options,
+    speaking_json,
+)
 from distill_kernels.api.measuring import bench
 
 OPTIONS = ("divergence", "column_fraction", "gradient_tolerance", "sweep", "sweep_tolerance", "backend", "workspace_mib")
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "bench",

@@ -13,7 +13,7 @@ import torch
 from distill_kernels.api.cache import layout, token_rows
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.cache.writing import CacheReport, write_teacher_cache
-from distill_kernels.api.command_line.arguments import add_command, device
+from distill_kernels.api.command_line.arguments import Commands, add_command, device
 from distill_kernels.api.models import initial_models
 from distill_kernels.api.models.backbone import load_causal_lm
 from distill_kernels.api.runs import corpus
@@ -23,7 +23,7 @@ LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one
 SEQUENCE_LENGTH = 512
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "cache",
@@ -79,7 +79,8 @@ def run(given: argparse.Namespace) -> None:
         names = ("kind", "dtype", "top_k", "temperature", "batch_size", "shard_mib")
         options = {name: getattr(given, name) for name in names if name in given} | {"tokenizer": tokenizer}
         try:
-            report = write_teacher_cache(teacher.to(where), rows, given.output, predict_only=True, **options)
+            initial_models.move(teacher, where)
+            report = write_teacher_cache(teacher, rows, given.output, predict_only=True, **options)
             speaks = rank == 0 and not given.json
             if speaks:
                 print(_prediction(report))

@@ -4,11 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from distill_kernels.api.command_line.arguments import add_command, divergence_names, speaking_json
+from distill_kernels.api.command_line.arguments import Commands, add_command, divergence_names, speaking_json
 from distill_kernels.api.runs import demo
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     defaults = demo.Settings()
     parser = add_command(
         commands,

@@ -5,11 +5,11 @@ import contextlib
 import io
 import json
 
-from distill_kernels.api.command_line.arguments import add_command
+from distill_kernels.api.command_line.arguments import Commands, add_command
 from distill_kernels.api.measuring import diagnosis
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "doctor",

@@ -4,12 +4,12 @@ import argparse
 import json
 from dataclasses import asdict
 
-from distill_kernels.api.command_line.arguments import DTYPES, add_command, device, divergence_names
+from distill_kernels.api.command_line.arguments import DTYPES, Commands, add_command, device, divergence_names
 from distill_kernels.api.measuring import diagnosis
 from distill_kernels.api.user_error import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "plan",

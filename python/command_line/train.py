@@ -5,13 +5,13 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from distill_kernels.api.command_line.arguments import add_command, add_loss_options, device, loss_options, speaking_json
+from distill_kernels.api.command_line.arguments import Commands, add_command, add_loss_options, device, loss_options, speaking_json
 from distill_kernels.api.runs import training_run
 from distill_kernels.api.runs.inputs import PRECISIONS, Settings
 from distill_kernels.call.options import TAILS
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",

@@ -309,8 +309,9 @@ def _evaluated(inputs: Inputs, options: Options, spread: Spread, stats: bool) ->
     if not stats:
         return loss, None
     errors = results.errors.view(*inputs.tokens, 2).unbind(-1) if problem.swept else (None, None)
+    columns = dict(zip(STATS, results.stats.view(*inputs.tokens, len(STATS)).unbind(-1), strict=True))
     return loss, DistillationStats(
-        *results.stats.view(*inputs.tokens, len(STATS)).unbind(-1),
+        **columns,
         valid=valid & (factor != 0),
         gradient_error=results.gradient_error if results.gradient_error.numel() else None,
         divergence_error=errors[0],

@@ -81,6 +81,8 @@ def weight_of(head: Tensor | PreparedHead) -> Tensor:
 
 def quantised(head: Tensor | PreparedHead, weight: Tensor, sweep: str) -> tuple[Tensor, Tensor]:
     """8-bit rows and scales of the first rows of a head, as many as `weight` has; `head` may be prepared."""
-    kept = isinstance(head, PreparedHead) and not torch.compiler.is_compiling()  # a compiled graph could not see that the head changed
-    rows, scales = head.quantised(sweep) if kept else whole_vocabulary.quantise(weight, sweep)
+    if isinstance(head, PreparedHead) and not torch.compiler.is_compiling():  # a compiled graph could not see that the head changed
+        rows, scales = head.quantised(sweep)
+    else:
+        rows, scales = whole_vocabulary.quantise(weight, sweep)
     return rows[: len(weight)], scales[: len(weight)]

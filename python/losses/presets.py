@@ -37,7 +37,7 @@ def preset(name: str, **parameters: Any) -> dict[str, Any]:
     try:
         call = inspect.signature(convention).bind(**parameters)
     except TypeError as error:
-        raise TypeError(f"preset {name!r} takes {inspect.signature(convention)}: {error}") from None
+        raise TypeError(f"preset {name!r} takes {_parameters(convention)}: {error}") from None
     return convention(**call.arguments)
 
 
@@ -50,7 +50,13 @@ def describe_preset(name: str) -> str:
         >>> print(describe_preset("torchtune"))
     """
     convention = _convention(name)
-    return f"preset({name!r}, ...) with {inspect.signature(convention)}\n\n{inspect.getdoc(convention)}"
+    return f"preset({name!r}, ...) with {_parameters(convention)}\n\n{inspect.getdoc(convention)}"
+
+
+def _parameters(convention: Callable[..., Any]) -> str:
+    """As a caller writes them, with their defaults and without their types."""
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in inspect.signature(convention).parameters.values()]
+    return str(inspect.Signature(plain))
 
 
 def _convention(name: str) -> Callable[..., dict[str, Any]]:
@@ -61,7 +67,14 @@ def _convention(name: str) -> Callable[..., dict[str, Any]]:
     raise ValueError(f"there is no preset {name!r}; there are {', '.join(sorted(CONVENTIONS))}")
 
 
-def liger(*, weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, ignore_index=-100, temperature=1.0):
+def liger(
+    *,
+    weight_hard_loss: float = 0.5,
+    weight_soft_loss: float = 0.5,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
     """LigerFusedLinearJSDLoss of liger_kernel 0.8.5. LigerFusedLinearJSD is the same with weight_hard_loss=0, weight_soft_loss=1.
 
         weight_soft_loss · D(p‖q)  +  weight_hard_loss · CE        over the number of valid tokens, at least 1
@@ -82,7 +95,7 @@ def liger(*, weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, ignore_index=
     }
 
 
-def trl(*, beta=1.0, temperature=1.0):
+def trl(*, beta: float = 1.0, temperature: float = 1.0) -> dict[str, Any]:
     """DistillationTrainer of trl 1.16, and the ChunkedDivergenceFunction under it.
 
         D(p‖q)        over num_items_in_batch where the trainer knows it, else over the number of valid tokens
@@ -100,7 +113,7 @@ def trl(*, beta=1.0, temperature=1.0):
     }
 
 
-def gkd(*, beta=0.5, temperature=1.0, reduction="batchmean"):
+def gkd(*, beta: float = 0.5, temperature: float = 1.0, reduction: str = "batchmean") -> dict[str, Any]:
     """generalized_jsd_loss of trl 1.16's experimental GKDTrainer, after Agarwal et al. (2024).
 
         D(p‖q)        over num_items_in_batch if given, else "batchmean": over the number of valid tokens, or "sum"
@@ -118,7 +131,13 @@ def gkd(*, beta=0.5, temperature=1.0, reduction="batchmean"):
     return trl(beta=beta, temperature=temperature) | {"reduction": "mean" if reduction == "batchmean" else "sum"}
 
 
-def torchtune(*, kd_loss="ForwardKLWithChunkedOutputLoss", kd_ratio=0.5, sym_kd_ratio=None, ignore_index=-100):
+def torchtune(
+    *,
+    kd_loss: str = "ForwardKLWithChunkedOutputLoss",
+    kd_ratio: float = 0.5,
+    sym_kd_ratio: float | None = None,
+    ignore_index: int = -100,
+) -> dict[str, Any]:
     """The knowledge-distillation recipes of torchtune 0.6.1: kd_loss is the class's name, with or without its module, kd_ratio the mix.
 
         (1 − kd_ratio) · CE  +  kd_ratio · L        over the number of valid tokens; kd_ratio=1 is the loss class alone
@@ -149,7 +168,7 @@ def torchtune(*, kd_loss="ForwardKLWithChunkedOutputLoss", kd_ratio=0.5, sym_kd_
     }
 
 
-def distillm(*, type, kd_ratio, skew_alpha=0.1):
+def distillm(*, type: str, kd_ratio: float, skew_alpha: float = 0.1) -> dict[str, Any]:
     """finetune.py of DistiLLM (Ko et al. 2024; repository of 2024): --type, --kd-ratio and --skew-alpha.
 
         (1 − kd_ratio) · CE  +  kd_ratio · L        over the number of valid tokens
@@ -182,7 +201,7 @@ def distillm(*, type, kd_ratio, skew_alpha=0.1):
     }
 
 
-def hinton(*, temperature, hard_weight):
+def hinton(*, temperature: float, hard_weight: float) -> dict[str, Any]:
     """Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2: both parameters are the user's.
 
         (1 − hard_weight) · temperature² · CE(p, q)  +  hard_weight · CE(label)
@@ -203,7 +222,7 @@ def hinton(*, temperature, hard_weight):
     }
 
 
-def distillkit(*, loss_functions):
+def distillkit(*, loss_functions: list[dict[str, Any]]) -> dict[str, Any]:
     """The loss_functions list of a DistillKit configuration (arcee-ai/DistillKit of 2025) with a dense teacher, as it stands in YAML.
 
         Σ weight · L / Σ weight;   "kl": temperature² · KL(p‖q),  "jsd": temperature² · ½(KL(p‖m) + KL(q‖m)),  "cross_entropy": CE
@@ -229,8 +248,8 @@ def distillkit(*, loss_functions):
         checks.finite_number("weight", entry.get("weight"), least=0)
         weights[kind] = entry["weight"]
         if kind == "divergence":
-            temperature = entry.get("temperature")
-            checks.finite_number("temperature", temperature, above=0)
+            checks.finite_number("temperature", entry.get("temperature"), above=0)
+            temperature = entry["temperature"]
             divergence = "forward_kl" if entry["function"] == "kl" else divergences.jensen_shannon(beta=0.5)
     if not weights or not sum(weights.values()):
         raise ValueError(f"preset 'distillkit': loss_functions must hold an entry of a weight above 0, got {loss_functions!r}")
@@ -243,7 +262,7 @@ def distillkit(*, loss_functions):
     }
 
 
-def modelopt(*, temperature=1.0):
+def modelopt(*, temperature: float = 1.0) -> dict[str, Any]:
     """KDTrainer of nvidia-modelopt 0.47 on logits, which is LogitsDistillationLoss(temperature, reduction="none") and a mean.
 
         temperature² · KL(p‖q)        over the number of valid tokens, at least 1; no hard labels
@@ -261,10 +280,10 @@ def modelopt(*, temperature=1.0):
     }
 
 
-def _jensen_shannon_or_its_ends(beta):
+def _jensen_shannon_or_its_ends(beta: float) -> str | divergences.Divergence:
     """The family that GKD, Liger and TRL share: the value jumps from 0 to a full KL at both ends of beta."""
     checks.finite_number("beta", beta, least=0, most=1)
-    return {0: "forward_kl", 1: "reverse_kl"}.get(beta) or divergences.jensen_shannon(beta=beta)
+    return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta) or divergences.jensen_shannon(beta=beta)
 
 
 CONVENTIONS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -120,7 +120,8 @@ def all_tokens(inputs: Inputs, group: str) -> Inputs:
 
 def own_tokens(values: Tensor, shape: torch.Size, group: str) -> Tensor:
     """This rank's part (...) of what was made for all tokens (N,)."""
-    return _Own.apply(values, Shards.in_group(group)).view(shape)
+    own: Tensor = _Own.apply(values, Shards.in_group(group))
+    return own.view(shape)
 
 
 class _Gathered(torch.autograd.Function):

@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from distill_kernels.api.measuring import loss_variants, peak_memory
 from distill_kernels.api.measuring.diagnosis import plan
 from distill_kernels.api.progress_bar import progress
 from distill_kernels.api.user_error import UserError
-from distill_kernels.divergences import from_parameters, resolve
+from distill_kernels.divergences import Divergence, from_parameters, resolve
 
 OURS, EAGER = "distill_kernels", "eager torch"
 PEERS = {"liger": "liger-kernel", "trl": "trl"}  # and the packages that they are in
@@ -49,7 +49,7 @@ class Settings:
         return self.tokens, self.vocabulary, self.student_dim, self.teacher_dim
 
     @property
-    def divergence(self):
+    def divergence(self) -> Divergence:
         return resolve(self.loss.get("divergence", "forward_kl"))
 
 
@@ -77,7 +77,7 @@ def run(settings: Settings) -> dict[str, Any]:
     losses, left_out = _variants(settings, predicted.eager_bytes)
     tensors = _tensors(settings, settings.sizes)
     errors = _gradient_errors(settings, losses, tensors)
-    times = {name: [] for name in losses}
+    times: dict[str, list[float]] = {name: [] for name in losses}
     for _ in progress(range(settings.rounds), "rounds"):
         for name in losses:
             step = _step(name, settings)
@@ -88,7 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 _wait(device)
                 samples.append(1e3 * (time.perf_counter() - begin))
     del tensors
-    results = {
+    results: dict[str, dict[str, Any]] = {
         name: {"milliseconds": samples, "median_ms": statistics.median(samples), "gradient_error": errors.get(name)}
         for name, samples in times.items()
     }
@@ -133,13 +133,15 @@ def _check(settings: Settings) -> None:
     if settings.tokens < 1 or settings.teacher_dim < 1:
         raise UserError(f"--tokens and --teacher-dim must be at least 1, got {settings.tokens} and {settings.teacher_dim}")
     device = torch.device(settings.device)
-    if device.type != "cpu" and not (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == device.type):
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise UserError(f"--device {device}: this torch sees no such device; it has cpu")
 
 
 def _variants(settings: Settings, eager_bytes: int) -> tuple[list[str], dict[str, str]]:
     """(those that are measured, why others are not)."""
-    found, left_out = [OURS], {}
+    found = [OURS]
+    left_out: dict[str, str] = {}
     divergence = settings.divergence
     if divergence.name not in (*loss_variants.MIXTURES, "jensen_shannon"):
         reason = f"it is written for forward_kl, reverse_kl and jensen_shannon, not for {divergence}"
@@ -154,7 +156,7 @@ def _variants(settings: Settings, eager_bytes: int) -> tuple[list[str], dict[str
     return found + list(peers), left_out
 
 
-def _loss(name: str, settings: Settings) -> Callable:
+def _loss(name: str, settings: Settings) -> loss_variants.Loss:
     if name == OURS:
         return lambda *tensors: distillation_loss(*tensors, **settings.loss)
     if name == EAGER:
@@ -162,7 +164,7 @@ def _loss(name: str, settings: Settings) -> Callable:
     return loss_variants.peers(settings.divergence, compiled=torch.device(settings.device).type != "cpu")[name]
 
 
-def _step(name: str, settings: Settings) -> Callable:
+def _step(name: str, settings: Settings) -> loss_variants.Step:
     return loss_variants.forward_backward(_loss(name, settings), LOSS_SCALE.get(settings.dtype, 1.0))
 
 
@@ -171,8 +173,9 @@ def _gradient_errors(settings: Settings, names: list[str], tensors: tuple[Tensor
         return {}
     wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in tensors]
     loss_variants.forward_backward(_loss(EAGER, settings))(*wide)
-    truth, errors = [tensor.grad for tensor in wide[:2]], {}
+    truth = [tensor.grad for tensor in wide if tensor.grad is not None]
     del wide
+    errors: dict[str, float] = {}
     for name in names:
         _step(name, settings)(*tensors)
         errors[name] = loss_variants.gradient_error(tensors, truth, LOSS_SCALE.get(settings.dtype, 1.0))
@@ -191,7 +194,7 @@ def _tensors(settings: Settings, sizes: tuple[int, int, int, int]) -> tuple[Tens
 
 def _free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
-        return torch.get_device_module(device).mem_get_info(device)[0]
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

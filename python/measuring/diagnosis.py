@@ -1,6 +1,7 @@
 """What would run, and what it would cost, before anything runs."""
 
 import platform
+from typing import Literal
 
 import torch
 
@@ -8,7 +9,7 @@ from distill_kernels import backends
 from distill_kernels.call import checks
 from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem, compute_dtype
-from distill_kernels.divergences import resolve
+from distill_kernels.divergences import Divergence, resolve
 from distill_kernels.schedule.plan import Plan
 
 
@@ -20,12 +21,12 @@ def plan(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    divergence="forward_kl",
-    reduction: str = "mean",
+    divergence: str | Divergence = "forward_kl",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
-    column_fraction: float | str | None = None,
-    sweep: str | None = None,
+    column_fraction: float | Literal["auto"] | None = None,
+    sweep: Literal["int8", "fp8"] | None = None,
     listed: int = 0,
     ranks: int = 1,
     backend: str = "auto",
@@ -77,7 +78,8 @@ def plan(
         workspace_mib=workspace_mib,
     )
     options.check_sweep(options.divergence if compared else None, False, compute_dtype(dtype))
-    group, sizes = "", ()
+    group = ""
+    sizes: tuple[int, ...] = ()
     if ranks > 1:
         if listed:
             raise NotImplementedError("losses of listed entries are not available for a vocabulary in shards")
@@ -114,18 +116,18 @@ def doctor() -> dict[str, str | None]:
     devices = [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
     print(f"distill_kernels on {versions}, {torch.get_num_threads()} threads")
-    reasons = {}
+    reasons: dict[str, str | None] = {}
     for name in backends.ORDER:
         per_device = {str(device): backends.load(name).why_not(_probe(device)) for device in devices}
-        for device, reason in per_device.items():
-            print(f"  {name:8} {device:6} {'ready, ' + backends.load(name).describe() if reason is None else 'cannot run: ' + reason}")
+        for place, reason in per_device.items():
+            print(f"  {name:8} {place:6} {'ready, ' + backends.load(name).describe() if reason is None else 'cannot run: ' + reason}")
         reasons[name] = next((None for reason in per_device.values() if reason is None), per_device["cpu"])
     for device in devices:
         print(f'  backend="auto" on {device} takes {backends.name_of(backends.choose(_probe(device)))}')
     return reasons
 
 
-def _probe(device):
+def _probe(device: torch.device) -> Problem:
     """The plainest problem there is."""
     plain = torch.float32
     return Problem(tokens=1, vocabulary=2, student_dim=1, teacher_dim=1, student_dtype=plain, teacher_dtype=plain, device=device)

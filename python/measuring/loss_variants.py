@@ -4,13 +4,17 @@ Each is a function of student_hidden (N, D_s), student_weight (V, D_s), teacher_
 mean over tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.divergences import Divergence, resolve
+
+Loss = Callable[..., Tensor]  # of the four, and the mean
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Liger's and TRL's weight of a mixture, of which the ends are the KLs.
 MIXTURES = {"forward_kl": 0.0, "reverse_kl": 1.0}
@@ -35,7 +39,7 @@ def eager(
     with torch.no_grad():
         log_p = _log_probabilities(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
 
-    def kl(of, to):
+    def kl(of: Tensor, to: Tensor) -> Tensor:
         return F.kl_div(to, of, reduction="batchmean", log_target=True)
 
     divergence = resolve(divergence)
@@ -51,7 +55,9 @@ def eager(
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def _log_probabilities(hidden, weight, bias, logit_scale, softcap):
+def _log_probabilities(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
     logits = F.linear(hidden, weight, bias).float()
     if logit_scale != 1:
         logits = logit_scale * logits
@@ -60,7 +66,7 @@ def _log_probabilities(hidden, weight, bias, logit_scale, softcap):
     return F.log_softmax(logits, dim=-1)
 
 
-def peers(divergence: str | Divergence = "forward_kl", compiled: bool = False) -> dict[str, Callable]:
+def peers(divergence: str | Divergence = "forward_kl", compiled: bool = False) -> dict[str, Loss]:
     """Those that are installed and have the divergence, by name.
 
     compiled: Liger compiles the loss of a chunk, as it does unless told not to.
@@ -69,7 +75,7 @@ def peers(divergence: str | Divergence = "forward_kl", compiled: bool = False) -
     if divergence.name not in (*MIXTURES, "jensen_shannon"):
         return {}
     beta = MIXTURES.get(divergence.name, *divergence.parameters)
-    found = {}
+    found: dict[str, Loss] = {}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
@@ -77,10 +83,11 @@ def peers(divergence: str | Divergence = "forward_kl", compiled: bool = False) -
     else:
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
 
-        def liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
+        def liger_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
             labels = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
-            loss = liger(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
-            return loss[0] if isinstance(loss, tuple) else loss
+            loss: Any = liger(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+            value: Tensor = loss[0] if isinstance(loss, tuple) else loss
+            return value
 
         found["liger"] = liger_loss
     try:
@@ -89,19 +96,20 @@ def peers(divergence: str | Divergence = "forward_kl", compiled: bool = False) -
         pass
     else:
 
-        def trl_loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
+        def trl_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
             # Biases, beta, temperature, then scale and softcap of either model.
             student, teacher, options = (student_hidden, student_weight, None), (teacher_hidden, teacher_weight, None), (beta, 1.0)
-            return ChunkedDivergenceFunction.apply(*student, *teacher, *options, 1.0, None, 1.0, None)[0].mean()
+            losses: Tensor = ChunkedDivergenceFunction.apply(*student, *teacher, *options, 1.0, None, 1.0, None)[0]
+            return losses.mean()
 
         found["trl"] = trl_loss
     return found
 
 
-def forward_backward(loss: Callable, scale: float = 1.0) -> Callable:
+def forward_backward(loss: Loss, scale: float = 1.0) -> Step:
     """The whole step of a loss: value and both gradients, those times `scale`, as a loss scaler has them for float16."""
 
-    def step(student_hidden, student_weight, teacher_hidden, teacher_weight):
+    def step(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         student_hidden.grad = student_weight.grad = None
         value = loss(student_hidden, student_weight, teacher_hidden, teacher_weight)
         (value * scale).backward()
@@ -110,15 +118,15 @@ def forward_backward(loss: Callable, scale: float = 1.0) -> Callable:
     return step
 
 
-def gradient_error(tensors, truth, scale: float = 1.0) -> float:
+def gradient_error(tensors: Sequence[Tensor], truth: Sequence[Tensor], scale: float = 1.0) -> float:
     """Largest relative Frobenius error of the two gradients."""
-    return max(float((t.grad.float() / scale - g).norm() / g.norm()) for t, g in zip(tensors[:2], truth, strict=True))
+    made = [tensor.grad for tensor in tensors[:2] if tensor.grad is not None]
+    return max(float((d.float() / scale - g).norm() / g.norm()) for d, g in zip(made, truth, strict=True))
 
 
 def random_problem(tokens: int, vocabulary: int, student_dim: int, teacher_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states and heads of both models, float32, with logits of unit variance: flat softmaxes, which only the values feel."""
     torch.manual_seed(0)
-    tensors = []
-    for dim in (student_dim, teacher_dim):
-        tensors += [torch.randn(tokens, dim), torch.randn(vocabulary, dim) / dim**0.5]
-    return tuple(tensors)
+    student = torch.randn(tokens, student_dim), torch.randn(vocabulary, student_dim) / student_dim**0.5
+    teacher = torch.randn(tokens, teacher_dim), torch.randn(vocabulary, teacher_dim) / teacher_dim**0.5
+    return *student, *teacher

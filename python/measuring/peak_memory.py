@@ -25,7 +25,7 @@ def above(step: Callable[[], object], device: torch.device) -> int | None:
         before = memory.memory_allocated(device)
         step()
         memory.synchronize(device)
-        return memory.max_memory_allocated(device) - before
+        return int(memory.max_memory_allocated(device)) - int(before)
     if not STATUS.exists():
         return None
     # What imports and the warm-up needed at their peak is forgotten, where the kernel allows it.

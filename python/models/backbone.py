@@ -7,12 +7,15 @@ import pickle
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distill_kernels.api.models.lm_head import Head, head_of, without_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Hugging Face labels mark positions without a target by this value, whatever ignore_index a loss uses.
 _HF_IGNORED = -100
@@ -100,24 +103,32 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
         >>> labels = next_token_labels(batch["input_ids"], attention_mask=batch["attention_mask"])
         >>> loss = distillation_loss(**run_backbone(student, **batch).as_student(), **target.as_teacher(), labels=labels)
     """
-    model, head, logit_scale, softcap = _parts(model)
+    parts = _parts(model)
     if "logits_to_keep" in batch:
         raise ValueError("the batch has logits_to_keep, but run_backbone returns every position; drop it and slice hidden instead")
     inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}
     inputs.update(use_cache=False, return_dict=True)
-    hidden, weight, bias = head.widened(model.base_model(**inputs).last_hidden_state)
-    return BackboneOutput(hidden, weight, bias, logit_scale, softcap)
+    hidden, weight, bias = parts.head.widened(parts.model.base_model(**inputs).last_hidden_state)
+    return BackboneOutput(hidden, weight, bias, parts.logit_scale, parts.softcap)
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the LM head, which may be more than the tokenizer has tokens; raises what run_backbone would, and runs nothing."""
-    return _parts(model)[1].weight.shape[0]
+    return _parts(model).head.weight.shape[0]
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, Head, float, float | None]:
-    """(model without peft, its head, logit_scale, softcap)."""
-    model = without_peft(model)
-    return model, head_of(model), *_scale_and_softcap(model.config)
+class _Parts(NamedTuple):
+    """What makes a model's logits."""
+
+    model: Any  # without peft
+    head: Head
+    logit_scale: float
+    softcap: float | None
+
+
+def _parts(model: nn.Module) -> _Parts:
+    bare = without_peft(model)
+    return _Parts(bare, head_of(bare), *_scale_and_softcap(bare.config))
 
 
 def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
@@ -202,7 +213,7 @@ def _check_integers(name: str, tensor: Tensor, input_ids: Tensor, shapes: set[tu
         raise ValueError(f"{name} is on {tensor.device}, wanted {input_ids.device}, where input_ids is")
 
 
-def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model and its tokenizer from local files, never from the network.
 
     Args:
@@ -236,12 +247,13 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32) -> tupl
     truncated = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **arguments)
-        model, report = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **arguments)
     except ImportError as error:
         reason = _first_line(error)
         raise ImportError(f'{path} cannot be loaded without more packages ({reason}): pip install "distill_kernels[models]"') from error
     except (*malformed, *truncated, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model, report = loaded
     # transformers only warns about absent weights and fills them with random numbers, which would be distilled from in silence.
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

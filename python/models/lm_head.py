@@ -3,6 +3,7 @@
 Neither transformers, peft nor deepspeed is imported: wrappers and adapters are known by the names of their classes.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,21 @@ _WRAPPERS = {
 _SHARDED = "its LM head is whole only inside of the sharded model's forward, so call run_backbone and distillation_loss there"
 
 
+class Adapter(NamedTuple):
+    """LoRA: scaling · up(down(dropout(hidden)))."""
+
+    dropout: nn.Module
+    down: nn.Linear  # (r, D)
+    up: nn.Linear  # (V, r)
+    scaling: float
+
+
 class Head(NamedTuple):
     """logits = hidden @ weight.T + bias, plus scaling · up(down(dropout(hidden))) of every adapter."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    adapters: tuple[tuple[nn.Module, nn.Linear, nn.Linear, float], ...] = ()  # (dropout, down (r, D), up (V, r), scaling)
+    adapters: tuple[Adapter, ...] = ()
 
     def widened(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(hidden (..., D), weight (V, D), bias), or with adapters those of width D + r that have the same logits.
@@ -47,7 +57,7 @@ class Head(NamedTuple):
         return (hidden, weight, bias) if len(heads) == 1 else (torch.cat(states, -1), torch.cat(heads, 1), bias)
 
 
-def without_peft(model: nn.Module) -> nn.Module:
+def without_peft(model: Any) -> Any:
     """The transformers model in a PeftModel, with its adapters in place, or the model itself. TypeError where peft does more than that."""
     if not _has_base(model, "PeftModel"):
         return model
@@ -61,20 +71,21 @@ def without_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The LM head of a causal language model without wrappers. TypeError, in words, where it is not known what it multiplies by."""
     kind = type(model).__name__
     for base in type(model).__mro__:
         if base.__name__ in _WRAPPERS:
             raise TypeError(f"run_backbone got a model wrapped in {base.__name__}, wanted the model itself: {_WRAPPERS[base.__name__]}")
-    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")):
+    is_causal = isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_output_embeddings")
+    if not is_causal:
         raise TypeError(f"run_backbone got {kind}, wanted a causal language model of transformers")
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"run_backbone got {kind}, which has no LM head, wanted a causal language model such as LlamaForCausalLM")
     if _has_base(head, "ModulesToSaveWrapper") and not head.disable_adapters and head.active_adapters:
         head = head.modules_to_save[head.active_adapters[0]]
-    adapters = ()
+    adapters: tuple[Adapter, ...] = ()
     if type(head).__module__.startswith("peft.tuners.lora.") and type(head).__name__ == "Linear":
         adapters = tuple(_lora_adapters(head))
         head = head.base_layer
@@ -98,7 +109,7 @@ def _has_base(module: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(module).__mro__)
 
 
-def _lora_adapters(head: Any):
+def _lora_adapters(head: Any) -> Iterator[Adapter]:
     """The active adapters of a LoRA layer, where they are not merged into its weight."""
     if head.disable_adapters or head.merged:
         return
@@ -108,4 +119,4 @@ def _lora_adapters(head: Any):
         # Before it had variants, peft knew of DoRA only.
         if name in getattr(head, "lora_variant", ()) or getattr(head, "use_dora", {}).get(name):
             raise TypeError(f"adapter {name!r} of the LM head is a variant of LoRA (DoRA or another), wanted plain LoRA on the LM head")
-        yield head.lora_dropout[name], head.lora_A[name], head.lora_B[name], head.scaling[name]
+        yield Adapter(head.lora_dropout[name], head.lora_A[name], head.lora_B[name], head.scaling[name])

@@ -12,19 +12,21 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from distill_kernels.api.runs.output_folder import unwritable, whole_folder
 from distill_kernels.api.user_error import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OPTIMIZER, RUN = "optimizer.safetensors", "run.json"
 GENERATORS = "generator "
 
 
-def save_model(folder: Path, student: nn.Module, tokenizer) -> None:
+def save_model(folder: Path, student: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """config.json, model.safetensors and the tokenizer; from_pretrained loads it."""
     with _system_errors():
         student.save_pretrained(folder)
@@ -43,13 +45,18 @@ def _system_errors() -> Iterator[None]:
 
 
 def save(
-    output: Path, step: int, student: nn.Module, tokenizer, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+    output: Path,
+    step: int,
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
 ) -> Path:
     """Writes the checkpoint of a step, and then removes those of earlier ones."""
     from safetensors.torch import save_file
 
     older = checkpoints(output)
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     tensors = {
         f"{quantity} {names[parameter]}": tensor.contiguous()
         for parameter, state in optimizer.state.items()
@@ -77,12 +84,13 @@ def checkpoints(output: Path) -> list[Path]:
 def read_run(checkpoint: Path) -> dict[str, Any]:
     """What `save` was told of the run, and "step". Raises UserError."""
     try:
-        return json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+        run: dict[str, Any] = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint} cannot be gone on from: {RUN}: {error}; remove the folder to begin anew") from error
+    return run
 
 
-def restore(checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(checkpoint: Path, student: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's state and torch's generators; the student is that of the checkpoint. Raises UserError."""
     from safetensors import SafetensorError, safe_open
 

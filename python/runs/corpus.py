@@ -5,11 +5,15 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill_kernels.api.user_error import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_FRACTION = 0.2  # of the characters
 JSON_LINES = (".jsonl", ".ndjson")
@@ -71,10 +75,11 @@ def _field_of(line: str, field: str, where: str) -> str:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+    text = value.get(field) if isinstance(value, dict) else None
+    if not isinstance(text, str):
         got = f"the fields {', '.join(value) or '(none)'}" if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{where}: wanted an object with text in {field!r}, got {got}; --text-field names another field")
-    return value[field]
+    return text
 
 
 def _reference_manual(seed: int) -> Documents:
@@ -85,7 +90,8 @@ def _reference_manual(seed: int) -> Documents:
     names = sorted(topics)
     random.Random(seed).shuffle(names)
     wanted = HELD_OUT_FRACTION * sum(map(len, topics.values()))
-    held_out, size = [], 0
+    held_out: list[str] = []
+    size = 0
     while size < wanted:
         held_out.append(names.pop())
         size += len(topics[held_out[-1]])
@@ -112,9 +118,9 @@ def _last_held_out(path: Path, field: str) -> Documents:
     return Documents(["\n\n".join(parts[:first])], ["\n\n".join(parts[first:])], f"{split} (a blank line ends a section)")
 
 
-def windows(documents: list[str], tokenizer, sequence_length: int) -> Tensor:
+def windows(documents: list[str], tokenizer: "PreTrainedTokenizerBase", sequence_length: int) -> Tensor:
     """(n, sequence_length) int64 token ids; no window spans two documents, and what is left at a document's end is dropped."""
-    rows = []
+    rows: list[list[int]] = []
     for document in documents:
         # verbose=False: documents are longer than the model's context, but windows are not.
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -128,10 +134,24 @@ def epochs(count: int, batch_size: int, steps: int, generator: torch.Generator) 
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])[: steps * batch_size].view(steps, batch_size)
 
 
+class Drawn(NamedTuple):
+    """What a run reads."""
+
+    train: Tensor  # (n, S) int64
+    held_out: Tensor  # (m, S) int64
+    order: Tensor  # (steps, B), rows of the former for each step
+
+
 def draw(
-    documents: Documents, tokenizer, sequence_length: int, batch_size: int, steps: int, seed: int, held_out_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(training windows (n, S), held-out windows (m, S), rows of the former for each step (steps, B)).
+    documents: Documents,
+    tokenizer: "PreTrainedTokenizerBase",
+    sequence_length: int,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    held_out_tokens: int,
+) -> Drawn:
+    """Training windows (n, S), held-out windows (m, S), and rows of the former for each step (steps, B).
 
     n counts the windows that `steps` steps need; m · S is `held_out_tokens` at most, unless one window is more. Raises UserError if there
     are none.
@@ -146,4 +166,4 @@ def draw(
     order = epochs(len(pools[0]), batch_size, steps, generator)
     used, order = order.unique(return_inverse=True)
     held_out = torch.randperm(len(pools[1]), generator=generator)[: max(1, held_out_tokens // sequence_length)]
-    return pools[0][used], pools[1][held_out], order
+    return Drawn(pools[0][used], pools[1][held_out], order)

@@ -10,10 +10,10 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from distill_kernels.api.losses.distillation import DistillationLoss
 from distill_kernels.api.models import initial_models
@@ -21,6 +21,9 @@ from distill_kernels.api.models.backbone import run_backbone
 from distill_kernels.api.progress_bar import progress
 from distill_kernels.api.runs import corpus, demo_benchmark, demo_report, loop, output_folder
 from distill_kernels.api.user_error import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_TOKENS = 2048  # at most, for an evaluation costs as much as two or three steps
 EVALUATIONS = 5  # along a run, its start and its end among them
@@ -79,11 +82,13 @@ def run(settings: Settings) -> dict[str, Any]:
     print(f"teacher states: {hidden_bytes / 2**20:.1f} MiB of float32, in memory; the teacher does not run again", flush=True)
     clock.lap("teacher")
 
-    runs = {
+    runs: dict[str, tuple[loop.Text, dict[str, Any]]] = {
         "kd": (train_set, {"divergence": settings.divergence, "temperature": settings.temperature}),
         "ce": (loop.PlainText(train_ids), {"kd_weight": 0, "ce_weight": 1}),
     }
-    losses, curves, students = {}, {}, {}
+    losses: dict[str, list[float]] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    students: dict[str, PreTrainedModel] = {}
     for run_name, (text, loss_options) in runs.items():
         students[run_name] = copy.deepcopy(student)
         losses[run_name], curves[run_name] = _run(run_name, students[run_name], text, order, held_out, settings, loss_options)
@@ -123,13 +128,22 @@ def run(settings: Settings) -> dict[str, Any]:
     return report
 
 
-def _run(name, student, text, order, held_out, settings, loss_options) -> tuple[list[float], list[dict[str, float]]]:
+def _run(
+    name: str,
+    student: "PreTrainedModel",
+    text: loop.Text,
+    order: Tensor,
+    held_out: loop.Text,
+    settings: Settings,
+    loss_options: dict[str, Any],
+) -> tuple[list[float], list[dict[str, float]]]:
     """(the loss of every step, held-out quantities along the run)."""
     optimizer, schedule = loop.optimizer_and_schedule(student, settings.learning_rate, settings.steps)
     marks = {round(index * settings.steps / (EVALUATIONS - 1)) for index in range(EVALUATIONS)}
     # Dropout, where a student has it, draws the same masks in both runs.
     torch.manual_seed(settings.seed)
-    losses, curve = [], []
+    losses: list[float] = []
+    curve: list[dict[str, float]] = []
     for record in loop.train_and_evaluate(
         student, text, order, held_out, optimizer, schedule, marks=marks, title=demo_report.LABELS[name], **loss_options
     ):
@@ -160,11 +174,14 @@ def _check(settings: Settings) -> None:
     output_folder.check(settings.output, demo_report.FILES)
 
 
-def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple[nn.Module, str]:
+def _initial_student(
+    settings: Settings, teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[PreTrainedModel, str]":
     """(the student both runs start from, where it comes from)."""
     if settings.student is None:
         keep = initial_models.DEFAULT_LAYERS if settings.teacher is None else initial_models.layers_to_keep(teacher)
-        origin = f"layers {', '.join(map(str, keep))} of the teacher's {len(teacher.base_model.layers)}, its embeddings and head frozen"
+        count = len(initial_models.layers_of(teacher))
+        origin = f"layers {', '.join(map(str, keep))} of the teacher's {count}, its embeddings and head frozen"
         return initial_models.cut_student(teacher, keep), origin
     student, student_tokenizer = initial_models.load("--student", settings.student)
     initial_models.check_tokenizers(tokenizer, student_tokenizer)
@@ -172,7 +189,7 @@ def _initial_student(settings: Settings, teacher: nn.Module, tokenizer) -> tuple
 
 
 @torch.no_grad()
-def _loss_inputs(student: nn.Module, text: loop.ReadText) -> dict[str, Any]:
+def _loss_inputs(student: "PreTrainedModel", text: loop.ReadText) -> dict[str, Any]:
     """Keyword arguments of the loss for the first BENCHMARK_TOKENS of the text, tokens flattened."""
     windows = max(1, BENCHMARK_TOKENS // text.input_ids.shape[1])
     rows = torch.arange(min(windows, len(text)))
@@ -184,8 +201,9 @@ def _loss_inputs(student: nn.Module, text: loop.ReadText) -> dict[str, Any]:
 class _Clock:
     """Wall seconds of each part of the demo."""
 
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()

@@ -8,7 +8,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +22,16 @@ REPETITIONS = 5
 WARM_UP_TOKENS = 8
 # Both sum 49,152 float32 terms in different orders; a wrong kernel is wrong by orders of magnitude more.
 LARGEST_DIFFERENCE = 1e-3
-VARIANTS = {"fused": distillation_loss, "eager": loss_variants.eager}
+VARIANTS: dict[str, loss_variants.Loss] = {"fused": distillation_loss, "eager": loss_variants.eager}
 
 
-def _step(variant: str, inputs: dict) -> tuple[Tensor, Tensor]:
+def _step(variant: str, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """(d_hidden (N, D_s), d_weight (V, D_s)) of forward KL at temperature 1."""
     leaves = [inputs[name].requires_grad_() for name in ("student_hidden", "student_weight")]
     return torch.autograd.grad(VARIANTS[variant](**inputs), leaves)
 
 
-def compare_loss_steps(inputs: dict, progress) -> dict:
+def compare_loss_steps(inputs: dict[str, Any], progress: Callable[[Iterable[int], str], Iterable[int]]) -> dict[str, Any]:
     """Gradient agreement, then milliseconds and peak bytes of both variants.
 
     Args:
@@ -47,13 +49,13 @@ def compare_loss_steps(inputs: dict, progress) -> dict:
     )
     if not difference <= LARGEST_DIFFERENCE:
         raise RuntimeError(f"fused and eager gradients differ by {difference:.1e} of the largest gradient, so timing them means nothing")
-    milliseconds = {variant: [] for variant in VARIANTS}
+    milliseconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in progress(range(REPETITIONS), "loss step, both ways"):
         for variant, times in milliseconds.items():
             start = time.perf_counter()
             _step(variant, inputs)
             times.append(1e3 * (time.perf_counter() - start))
-    result = {
+    result: dict[str, Any] = {
         "tokens": inputs["student_hidden"].shape[0],
         "vocabulary": inputs["student_weight"].shape[0],
         "threads": torch.get_num_threads(),
@@ -73,7 +75,8 @@ def compare_loss_steps(inputs: dict, progress) -> dict:
 
 def _peak_bytes(variant: str, path: Path) -> int | None:
     """Above the inputs."""
-    return peak_memory.in_own_process(__name__, variant, str(path))
+    peak: int | None = peak_memory.in_own_process(__name__, variant, str(path))
+    return peak
 
 
 def _measure_peak(variant: str, path: str) -> int | None:

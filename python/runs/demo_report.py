@@ -1,9 +1,12 @@
 """What the demo leaves behind: the table, demo.json and curves.png."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from distill_kernels.api.runs import output_folder, report
+from distill_kernels.api.runs import output_folder
+from distill_kernels.api.runs import report as told
 
 FILES = ("demo.json", "curves.png")
 ROWS = {
@@ -15,12 +18,12 @@ ROWS = {
 LABELS = {"kd": "distillation", "ce": "cross entropy only"}
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Held-out quantities of the `evaluate` function, one line for each of ROWS."""
-    return report.table({title: rows[name] for name, title in ROWS.items()})
+    return told.table({title: rows[name] for name, title in ROWS.items()})
 
 
-def loss_step_table(benchmark: dict) -> str:
+def loss_step_table(benchmark: Mapping[str, Any]) -> str:
     lines = [
         f"One loss step (forward KL and its gradients, {benchmark['tokens']:,} tokens × {benchmark['vocabulary']:,} vocabulary, float32, "
         f"{benchmark['threads']} threads); gradients agree to {benchmark['gradient_difference']:.1e} of the largest",
@@ -34,9 +37,11 @@ def loss_step_table(benchmark: dict) -> str:
     return "\n".join(lines)
 
 
-def write(report: dict, folder: Path) -> None:
+def write(report: Mapping[str, Any], folder: Path) -> None:
     """Both files, each whole or not at all."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     by_title = {name: {LABELS[run]: values for run, values in report[name].items()} for name in ("curves", "training_loss")}
-    writers = (lambda path: path.write_text(text, encoding="utf-8"), lambda path: report.plot(path, **by_title))
-    output_folder.write_files(folder, dict(zip(FILES, writers, strict=True)))
+    data, picture = FILES
+    output_folder.write_files(
+        folder, {data: lambda path: path.write_text(text, encoding="utf-8"), picture: lambda path: told.plot(path, **by_title)}
+    )

@@ -6,20 +6,25 @@ What is read is a `Text`: the teacher reads along (`TaughtText`), has read every
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill_kernels.api.cache.reading import TeacherCache
+from distill_kernels.api.cache.reading import Tail, TeacherCache
 from distill_kernels.api.losses.distillation import distillation_loss, distillation_loss_and_stats
-from distill_kernels.api.losses.prepared_heads import prepare_head
+from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.models.backbone import BackboneOutput, next_token_labels, run_backbone
 from distill_kernels.api.progress_bar import progress
 from distill_kernels.api.user_error import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHOWN = {"kl": "held-out KL {:.3f}", "perplexity": "held-out perplexity {:.1f}"}  # beside a progress bar
 Inputs = dict[str, Tensor]  # of run_backbone: input_ids (B, S) int64, and attention_mask (B, S) where rows are padded
@@ -34,6 +39,7 @@ class Text(Protocol):
 
     def teacher(self, rows: Tensor, inputs: Inputs) -> dict[str, Any]:
         """The loss's keyword arguments for the rows of which `inputs` are."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class PlainText:
 class TaughtText(PlainText):
     """Windows of text that the teacher reads whenever the student does."""
 
-    model: nn.Module
+    model: "PreTrainedModel"
     autocast: torch.dtype | None = None
 
     @torch.no_grad()
@@ -83,7 +89,7 @@ class CachedText:
     cache: TeacherCache
     numbers: Tensor  # (n,) int64, of the rows
     device: str | torch.device = "cpu"
-    tail: str | None = None  # of sparse_distillation_loss, for a cache of top-k log-probabilities
+    tail: Tail | None = None  # of sparse_distillation_loss, for a cache of top-k log-probabilities
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -100,8 +106,9 @@ class CachedText:
 class PreparedText:
     """A text whose teacher's head is quantised once, for losses with a sweep."""
 
-    def __init__(self, text: Text):
-        self.text, self.head = text, None
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.head: PreparedHead | None = None
         self.inputs = text.inputs
 
     def __len__(self) -> int:
@@ -127,7 +134,7 @@ def read(text: TaughtText, batch_size: int) -> ReadText:
 
 
 @torch.no_grad()
-def check_loss(student: nn.Module, text: Text, autocast: torch.dtype | None = None, **loss_options: Any) -> None:
+def check_loss(student: "PreTrainedModel", text: Text, autocast: torch.dtype | None = None, **loss_options: Any) -> None:
     """Lets the library refuse the models, or the options, on one window, rather than after minutes. Raises UserError."""
     try:
         row = torch.tensor([0])
@@ -135,9 +142,14 @@ def check_loss(student: nn.Module, text: Text, autocast: torch.dtype | None = No
         teacher = text.teacher(row, inputs)
         with casting(inputs["input_ids"].device, autocast):
             output = run_backbone(student, **inputs)
-            loss_for(teacher)(**output.as_student(), **teacher, labels=next_token_labels(**inputs), **loss_options)
+            loss_for(teacher)(**output.as_student(), **teacher, labels=labels_of(inputs), **loss_options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
+
+
+def labels_of(inputs: Inputs) -> Tensor:
+    """(B, S)"""
+    return next_token_labels(inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
 
 
 def loss_for(teacher: dict[str, Any]) -> Callable[..., Tensor]:
@@ -146,7 +158,7 @@ def loss_for(teacher: dict[str, Any]) -> Callable[..., Tensor]:
 
 
 def optimizer_and_schedule(
-    student: nn.Module, learning_rate: float, steps: int, done: int = 0
+    student: "PreTrainedModel", learning_rate: float, steps: int, done: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW, its learning rate rising for a tenth of the steps and falling to a tenth of its peak; `done` of the steps are behind."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -160,7 +172,7 @@ def optimizer_and_schedule(
 
 
 def train(
-    student: nn.Module,
+    student: "PreTrainedModel",
     text: Text,
     order: Tensor,  # (steps, windows in a step)
     optimizer: torch.optim.Optimizer,
@@ -176,14 +188,14 @@ def train(
     """
     for rows in order:
         inputs = text.inputs(rows)
-        num_items = int((next_token_labels(**inputs) != -100).sum())
-        total = 0.0
+        num_items = int((labels_of(inputs) != -100).sum())
+        total: Tensor | float = 0.0
         for part in torch.arange(len(rows)).split(at_once or len(rows)):
             some = {name: tensor[part] for name, tensor in inputs.items()}
             teacher = text.teacher(rows[part], some)
             with casting(some["input_ids"].device, autocast):
                 output = run_backbone(student, **some)
-                labels = next_token_labels(**some)
+                labels = labels_of(some)
                 loss = loss_for(teacher)(**output.as_student(), **teacher, labels=labels, num_items=num_items, **loss_options)
             loss.backward()
             total += loss.detach()
@@ -195,7 +207,7 @@ def train(
 
 
 def train_and_evaluate(
-    student: nn.Module,
+    student: "PreTrainedModel",
     text: Text,
     order: Tensor,  # (steps, windows in a step)
     held_out: Text,
@@ -216,21 +228,20 @@ def train_and_evaluate(
     Raises
         UserError: the loss is no finite number.
     """
-    evaluation = {"batch_size": at_once or order.shape[1], "autocast": autocast}
-    if "vocab_mismatch" in loss_options:
-        evaluation["vocab_mismatch"] = loss_options["vocab_mismatch"]
-    quality = {}
+    mismatch = loss_options.get("vocab_mismatch", "error")
+    measured = partial(evaluate, batch_size=at_once or order.shape[1], autocast=autocast, vocab_mismatch=mismatch)
+    quality: dict[str, float] = {}
     if done == 0 and 0 in marks:
-        quality = evaluate(student.eval(), held_out, **evaluation)
+        quality = measured(student.eval(), held_out)
         yield {"step": 0, **quality}
     losses = train(student.train(), text, order[done:], optimizer, schedule, at_once=at_once, autocast=autocast, **loss_options)
     with progress(range(done + 1, len(order) + 1), title, total=len(order), initial=done) as bar:
         for step in bar:
-            record = {"step": step, "learning_rate": schedule.get_last_lr()[0], "loss": next(losses)}
+            record = {"step": step, "learning_rate": float(schedule.get_last_lr()[0]), "loss": next(losses)}
             if not math.isfinite(record["loss"]):
                 raise UserError(f"the loss of {title} is {record['loss']} at step {step}; pass a smaller --learning-rate")
             if step in marks:
-                quality = evaluate(student.eval(), held_out, **evaluation)
+                quality = measured(student.eval(), held_out)
                 record |= quality
                 student.train()
             shown = [SHOWN[name].format(quality[name]) for name in SHOWN if name in quality]
@@ -240,17 +251,17 @@ def train_and_evaluate(
 
 @torch.no_grad()
 def evaluate(
-    student: nn.Module, text: Text, batch_size: int, *, autocast: torch.dtype | None = None, vocab_mismatch: str = "error"
+    student: "PreTrainedModel", text: Text, batch_size: int, *, autocast: torch.dtype | None = None, vocab_mismatch: str = "error"
 ) -> dict[str, float]:
     """kl: mean KL(teacher‖student) at temperature 1, nats per token; top1_agreement: fraction of tokens; perplexity: of the text.
 
     Without a teacher, or with one of whom only log-probabilities of some tokens are known, there is only the perplexity.
     """
 
-    def batches():
+    def batches() -> Iterator[_Batch]:
         for rows in torch.arange(len(text)).split(batch_size):
             inputs = text.inputs(rows)
-            yield inputs, run_backbone(student, **inputs).as_student(), text.teacher(rows, inputs)
+            yield _Batch(inputs, run_backbone(student, **inputs).as_student(), text.teacher(rows, inputs))
 
     with casting(student.device, autocast):
         return _evaluate(batches(), vocab_mismatch)
@@ -260,16 +271,24 @@ def evaluate(
 def evaluate_teacher(text: Text, batch_size: int) -> dict[str, float]:
     """The teacher as its own student: perplexity is what it is for, and the rest says how exact `evaluate` is."""
 
-    def batches():
+    def batches() -> Iterator[_Batch]:
         for rows in torch.arange(len(text)).split(batch_size):
             inputs = text.inputs(rows)
             teacher = text.teacher(rows, inputs)
-            yield inputs, {name.replace("teacher", "student"): value for name, value in teacher.items()}, teacher
+            yield _Batch(inputs, {name.replace("teacher", "student"): value for name, value in teacher.items()}, teacher)
 
     return _evaluate(batches())
 
 
-def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
+class _Batch(NamedTuple):
+    """What was read, and the loss's keyword arguments of either model."""
+
+    inputs: Inputs
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def _evaluate(batches: Iterable[_Batch], vocab_mismatch: str = "error") -> dict[str, float]:
     totals = dict.fromkeys(("divergence", "top1_agreement", "cross_entropy", "valid"), 0.0)
     for inputs, student, teacher in batches:
         if teacher.get("teacher_hidden") is None:
@@ -277,7 +296,7 @@ def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
         else:
             kd_weight = 1.0
         _, stats = distillation_loss_and_stats(
-            **student, **teacher, labels=next_token_labels(**inputs), kd_weight=kd_weight, ce_weight=1, vocab_mismatch=vocab_mismatch
+            **student, **teacher, labels=labels_of(inputs), kd_weight=kd_weight, ce_weight=1, vocab_mismatch=vocab_mismatch
         )
         for name in totals:
             totals[name] += getattr(stats, name).sum().item()
@@ -287,6 +306,6 @@ def _evaluate(batches, vocab_mismatch="error") -> dict[str, float]:
     return {"kl": kl, "top1_agreement": agreement, "perplexity": perplexity} if kd_weight else {"perplexity": perplexity}
 
 
-def casting(device: torch.device, dtype: torch.dtype | None):
+def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to `dtype`, or nothing."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from distill_kernels.api.user_error import UserError
@@ -23,7 +23,7 @@ def check(folder: Path, names: tuple[str, ...]) -> None:
             raise UserError(f"--output {folder} cannot be written to: {folder / name} is a folder")
 
 
-def write_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Files by name, each made by calling its writer with the path of a temporary one; all are made before one is put in its place."""
     with unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)

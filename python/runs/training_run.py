@@ -16,6 +16,7 @@ import torch
 from distill_kernels.api.losses.distillation import DistillationLoss
 from distill_kernels.api.models import initial_models
 from distill_kernels.api.runs import checkpoints, inputs, loop, output_folder
+from distill_kernels.api.runs import report as told
 from distill_kernels.api.runs.inputs import Settings
 from distill_kernels.api.user_error import UserError
 
@@ -34,7 +35,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with _alone(settings.output):
         checkpoint = _where_to_begin(settings)
         if (settings.output / REPORT).exists():
-            report = json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
+            report: dict[str, Any] = json.loads((settings.output / REPORT).read_text(encoding="utf-8"))
             inputs.check_same_settings(report, settings, settings.output / REPORT)
             checkpoints.remove(settings.output)
             print(f"{settings.output} is finished: nothing was left to do")
@@ -68,7 +69,7 @@ def _train(settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
             marks=marks, done=done, title=TITLE, at_once=settings.at_once, autocast=autocast, **made.loss,
         ):  # fmt: skip
             now = time.perf_counter()
-            last, seconds, step = now, now - last, record["step"]
+            last, seconds, step = now, now - last, int(record["step"])
             ends = step != 0 and (step % settings.checkpoint_every == 0 or step == settings.steps)
             _write(log, {**record, "seconds": seconds}, to_disk=ends)
             if ends:
@@ -80,7 +81,8 @@ def _finish(settings: Settings, made: inputs.Inputs, seconds: float) -> dict[str
     """The student, the report and the plot; then the checkpoints are not needed any more."""
     records = _read_log(settings.output)
     curve = [{name: value for name, value in record.items() if name != "seconds"} for record in records if "perplexity" in record]
-    quality = [{name: point[name] for name in ("kl", "top1_agreement", "perplexity") if name in point} for point in curve]
+    kept = ("kl", "top1_agreement", "perplexity")
+    quality: list[dict[str, float]] = [{name: point[name] for name in kept if name in point} for point in curve]
     table = {"student before": quality[0], "student after": quality[-1]}
     if "kl" in quality[0]:
         table["teacher"] = loop.evaluate_teacher(made.held_out, settings.at_once or settings.batch_size)
@@ -101,12 +103,12 @@ def _finish(settings: Settings, made: inputs.Inputs, seconds: float) -> dict[str
             checkpoints.save_model(folder, made.student, made.tokenizer)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     writers = {
-        PLOT: lambda path: report.plot(path, {"student": curve}, {"student": losses}),
+        PLOT: lambda path: told.plot(path, {"student": curve}, {"student": losses}),
         REPORT: lambda path: path.write_text(text, encoding="utf-8"),
     }
     output_folder.write_files(settings.output, writers)
     checkpoints.remove(settings.output)
-    print("\n" + report.table(table))
+    print("\n" + told.table(table))
     print(f"\nwrote {', '.join(str(settings.output / name) for name in (STUDENT, REPORT, PLOT))} and {LOG} after {seconds:.0f} s")
     return report
 
@@ -142,7 +144,7 @@ def _check_sources(settings: Settings, needs_teacher: bool) -> None:
     if settings.tail is not None and settings.teacher_cache is None:
         raise UserError("--tail is of a --teacher-cache of top-k log-probabilities")
     if settings.student is None and settings.teacher is None:
-        raise UserError("there is no student: pass --student PATH, or --teacher PATH to cut one from its layers")
+        raise UserError(inputs.NO_STUDENT)
     if settings.student is not None and settings.student_layers is not None:
         raise UserError("--student-layers are of the teacher, from which no student is cut if --student is given")
     if settings.teacher_cache is None and settings.text is None:

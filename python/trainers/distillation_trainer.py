@@ -3,21 +3,27 @@
 import contextlib
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_kernels.api.cache.reading import TeacherCache
-from distill_kernels.api.losses.prepared_heads import prepare_head
+from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.models.backbone import run_backbone, vocabulary_size
-from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, TrainerLoss, targets
+from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
 
 try:
     from transformers import Trainer
 except ImportError as error:
     raise ImportError(f'DistillationTrainer needs transformers and accelerate ({error}): pip install "distill_kernels[trainer]"') from error
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel, TrainingArguments
+    from transformers.trainer_utils import EvalLoopOutput
 
 
 class DistillationTrainer(Trainer):
@@ -57,13 +63,13 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model=None,
-        args=None,
+        model: "PreTrainedModel | nn.Module | None" = None,
+        args: "TrainingArguments | None" = None,
         *,
         teacher_model: nn.Module | None = None,
         teacher_cache: TeacherCache | None = None,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         known = inspect.signature(Trainer.__init__).parameters
         trainer = {name: value for name, value in options.items() if name in known}
         options = {name: value for name, value in options.items() if name not in known}
@@ -88,41 +94,54 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
         self._check_vocabulary()
-        self._teacher_head = None  # quantised, of a loss with `sweep`
+        self._teacher_head: PreparedHead | None = None  # quantised, of a loss with `sweep`
         self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
 
+    @property
+    def _student(self) -> nn.Module:
+        """self.model, which Trainer may be made without, but not used."""
+        student: nn.Module | None = self.model
+        if student is None:
+            raise TypeError("model is missing: pass the student")
+        return student
+
     def _frozen(self, teacher: nn.Module) -> nn.Module:
-        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        trained = {id(parameter) for parameter in self._student.parameters() if parameter.requires_grad}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError("teacher_model shares parameters that are trained with the student; pass a model of its own")
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
         return teacher.requires_grad_(False).eval()
 
-    def _check_vocabulary(self):
+    def _check_vocabulary(self) -> None:
         """Also that the library knows both models."""
-        student, teacher = vocabulary_size(self.model), None
+        student, teacher = vocabulary_size(self._student), None
         if self.teacher_model is not None:
             teacher = vocabulary_size(self.teacher_model)
         elif self.teacher_cache is not None:
             teacher = self.teacher_cache.plan.vocabulary
-        if teacher not in (None, student) and self.loss.options.get("vocab_mismatch", "error") == "error":
+        if teacher is not None and teacher != student and self.loss.options.get("vocab_mismatch", "error") == "error":
             how = "a list of the teacher's tokens can only be compared by a student that has them all"
-            if self.teacher_model is not None or self.teacher_cache.plan.kind == "hidden":
+            if not self.loss.sparse:
                 how = f"if the first {min(student, teacher)} entries mean the same tokens, "
                 how += 'pass vocab_mismatch="truncate" to compare those, renormalised'
             raise ValueError(f"the student's LM head has {student} rows but the teacher's has {teacher}; {how}")
 
-    def _set_signature_columns_if_needed(self):
+    def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops columns that the student's forward does not take, unless they are named here: a cache's are of the teacher."""
         super()._set_signature_columns_if_needed()
-        if self.teacher_cache is not None:
-            self._signature_columns += [name for name in self._cached_columns() if name not in self._signature_columns]
+        named: Any = self._signature_columns  # a list now, which Trainer's own annotations do not say
+        named.extend(name for name in self._cached_columns() if name not in named)
 
     def _cached_columns(self) -> list[str]:
+        """What a batch may bring of a cache."""
+        if self.teacher_cache is None:
+            return []
         return ["row", *(f"teacher_{name}" for name in self.teacher_cache.plan.token_columns())]
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int | Tensor | None]:
         """The next batches, and the number of tokens that they are learned from: of all processes, if these are averaged over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -132,16 +151,24 @@ class DistillationTrainer(Trainer):
             count = self.accelerator.reduce(count, reduction="sum")
         return batches, count.clamp(min=1)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, () float32; with return_outputs a dict without logits beside it."""
         loss, rows = self._loss_and_rows(model, inputs, num_items_in_batch, "mean")
-        if self.model.training:
+        if self._student.training:
             self._trained.add(rows)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # for gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(loss, logits, labels) of a batch. Logits, which only compute_metrics and predict() ask for, take a forward of their own."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
@@ -154,35 +181,45 @@ class DistillationTrainer(Trainer):
         _, logits, _ = super().prediction_step(model, self._student_inputs(inputs), False, ignore_keys)
         return loss, logits, inputs.get("labels")
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self,
+        dataloader: "DataLoader[Any]",
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> "EvalLoopOutput":
         """Trainer's, with the loss and the metrics as means over all tokens instead of over batches."""
         self._evaluated.take()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = dict(zip(("loss", *self.loss.metrics), self._evaluated.take(), strict=False))
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the loss of training steps is joined by the metrics of the same steps."""
         if "loss" in logs:
             logs = {**logs, **dict(zip(self.loss.metrics, self._trained.take(self.accelerator), strict=False))}
         super().log(logs, start_time)
 
-    def _loss_and_rows(self, model, inputs, num_items, reduction) -> tuple[Tensor, Tensor]:
+    def _loss_and_rows(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None, reduction: Reduction
+    ) -> tuple[Tensor, Tensor]:
         """The loss, () or of each token (B, S), and sums over tokens for the metrics, (B, metrics + 1): by the forward of `model`."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         batch = self._student_inputs(inputs)
         with self.accelerator.autocast():
             teacher = self._teacher_output(inputs, batch)
             with forward_replaced(student, self.loss.forwards[reduction]):
-                return model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
+                made: tuple[Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
+                return made
 
-    def _student_inputs(self, inputs) -> dict[str, Any]:
-        left_out = (*TARGETS, *(self._cached_columns() if self.teacher_cache is not None else ()))
+    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        left_out = (*TARGETS, *self._cached_columns())
         return {name: value for name, value in inputs.items() if name not in left_out}
 
     @torch.no_grad()
-    def _teacher_output(self, inputs, batch) -> dict[str, Any]:
+    def _teacher_output(self, inputs: Mapping[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
         if self.teacher_model is not None:
             output = run_backbone(self.teacher_model, **batch).as_teacher()
         elif self.teacher_cache is not None:
@@ -197,7 +234,7 @@ class DistillationTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Whatever wraps the module calls `forward`, with the module as its self, in place of the module's own.
 
     So everything that a wrapper does around a forward is done around this one: the hooks by which DistributedDataParallel sums gradients,
@@ -218,27 +255,28 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 class _TokenMeans:
     """Sums over tokens, kept on the device, so that a step does not wait for it; their means are what is logged."""
 
-    def __init__(self):
-        self.sums = None
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
 
-    def add(self, rows: Tensor):
+    def add(self, rows: Tensor) -> None:
         """rows (B, columns), the last column a number of tokens."""
         rows = rows.detach()
         # A float32 could not count one token more beyond 2²⁴; Apple's GPUs have nothing wider.
         sums = rows.sum(0, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def take(self, accelerator=None) -> list[float]:
+    def take(self, accelerator: "Accelerator | None" = None) -> list[float]:
         """Means, since the last call, of all columns but the last, over all processes if an accelerator is given; [] if there were none."""
         sums, self.sums = self.sums, None
         if sums is None:
             return []
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
-        return (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+        means: list[float] = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+        return means
 
 
-def check_parallelism(trainer: Trainer):
+def check_parallelism(trainer: Trainer) -> None:
     """Raises where the student's forward is split in a way in which the loss would be wrong."""
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(

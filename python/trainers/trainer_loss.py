@@ -1,20 +1,22 @@
 """The loss of a Trainer: options checked before training, the tokens it is of, and a forward of the student that returns it."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill_kernels.api.cache.reading import TeacherCache
+from distill_kernels.api.cache.reading import CachedTeacher, TeacherCache
 from distill_kernels.api.losses.distillation import DistillationLoss, distillation_loss_and_stats
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.models.backbone import next_token_labels, run_backbone
 
 IGNORED = -100
+Reduction = Literal["mean", "none"]
+Forward = Callable[..., tuple[Tensor, Tensor]]  # a student's: the loss, and sums over tokens
 TARGETS = ("labels", "shift_labels")
-NO_TEACHER = {"teacher_hidden": None, "teacher_weight": None}
+NO_TEACHER: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
 # What is logged, means over the tokens that are learned from: name -> the field of DistillationStats that it is made of.
 METRICS = {
     "kd": "divergence",
@@ -32,10 +34,11 @@ _READ_FROM_THE_CACHE = ("teacher_temperature", "teacher_tail_mass")
 _OF_A_BATCH = ("student_bias", "token_weight", "num_items")
 
 
-def targets(batch) -> Tensor:
+def targets(batch: Mapping[str, Any]) -> Tensor:
     """Labels (B, S) of the next tokens, IGNORED where there is none to learn from."""
-    if batch.get("shift_labels") is not None:
-        return batch["shift_labels"]
+    shifted: Tensor | None = batch.get("shift_labels")
+    if shifted is not None:
+        return shifted
     if batch.get("input_ids") is None:
         raise ValueError(f"the batch has no input_ids (batch, sequence), only {', '.join(batch)}")
     labels, mask = batch.get("labels"), batch.get("attention_mask")
@@ -54,7 +57,7 @@ class TrainerLoss:
     Raises TypeError or ValueError for an option that there is not, or is not to be set, or has a value that is refused.
     """
 
-    def __init__(self, options: dict[str, Any], *, label_smoothing: float, has_teacher: bool, cache: TeacherCache | None):
+    def __init__(self, options: dict[str, Any], *, label_smoothing: float, has_teacher: bool, cache: TeacherCache | None) -> None:
         self.options = dict(options)
         for names, reason in (
             (_READ_FROM_THE_MODELS, "is read from the models"),
@@ -68,16 +71,16 @@ class TrainerLoss:
                 raise ValueError(f"{name} must be {value!r} in a Trainer, got {options[name]!r}")
         if label_smoothing != 0:
             self._smooth(label_smoothing)
-        self.sparse = cache is not None and cache.plan.kind == "top-k"
-        if self.sparse:
+        self.sparse = False
+        self.metrics = {name: METRICS[name] for name in (METRICS if has_teacher else _WITHOUT_A_TEACHER)}
+        if cache is not None and cache.plan.kind == "top-k":
             self._check_sparse(cache)
+            self.sparse, self.metrics = True, {}
         else:
             self._check()
-        names = () if self.sparse else METRICS if has_teacher else _WITHOUT_A_TEACHER
-        self.metrics = {name: METRICS[name] for name in names}
-        self.forwards = {reduction: self._forward(reduction) for reduction in ("mean", "none")}
+        self.forwards: dict[Reduction, Forward] = {"mean": self._forward("mean"), "none": self._forward("none")}
 
-    def _smooth(self, factor: float):
+    def _smooth(self, factor: float) -> None:
         """label_smoothing_factor of TrainingArguments as an option of the loss."""
         if self.options.get("label_smoothing", factor) != factor:
             given = self.options["label_smoothing"]
@@ -86,13 +89,13 @@ class TrainerLoss:
             raise ValueError(f"args.label_smoothing_factor is {factor}, of the cross entropy, but ce_weight is 0; pass a ce_weight")
         self.options["label_smoothing"] = factor
 
-    def _check(self):
+    def _check(self) -> None:
         try:
             DistillationLoss(**self.options)
         except TypeError as error:
             raise TypeError(f"options of DistillationTrainer that are not of transformers.Trainer are the loss's: {error}") from error
 
-    def _check_sparse(self, cache: TeacherCache):
+    def _check_sparse(self, cache: TeacherCache) -> None:
         parameters = inspect.signature(sparse_distillation_loss).parameters.values()
         left_out = (*_READ_FROM_THE_MODELS, *_READ_FROM_THE_CACHE, *_SET_BY_THE_TRAINER, *_OF_A_BATCH)
         known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in left_out]
@@ -110,12 +113,14 @@ class TrainerLoss:
             torch.zeros(1, 1), torch.zeros(2, 1), ids, torch.zeros(1, 1), ids[0], teacher_temperature=cache.plan.temperature, **self.options
         )
 
-    def _forward(self, reduction: str) -> Callable:
+    def _forward(self, reduction: Reduction) -> Forward:
         """(loss () or (B, S), sums over tokens of the metrics, and the number of tokens, (B, metrics + 1)) of a batch."""
         options, fields, sparse = {**self.options, "reduction": reduction}, tuple(self.metrics.values()), self.sparse
         options.pop("tail", None)  # which teacher_arguments has
 
-        def forward(student, *, batch, teacher, labels, num_items):
+        def forward(
+            student: nn.Module, *, batch: dict[str, Any], teacher: dict[str, Any], labels: Tensor, num_items: int | Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             learned = run_backbone(student, **batch).as_student()
             if sparse:
                 loss = sparse_distillation_loss(**learned, **teacher, labels=labels, num_items=num_items, **options)
@@ -127,6 +132,6 @@ class TrainerLoss:
 
         return forward
 
-    def teacher_arguments(self, output) -> dict[str, Any]:
+    def teacher_arguments(self, output: CachedTeacher) -> dict[str, Any]:
         """The arguments that a CachedTeacher is to the loss."""
         return output.as_sparse_teacher(self.options["tail"]) if self.sparse else output.as_teacher()

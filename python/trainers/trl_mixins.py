@@ -5,7 +5,8 @@ nothing of trl is changed: a trainer computes its loss here if its class stateme
 """
 
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,24 @@ from distill_kernels.api.losses.distillation import DistillationLoss, distillati
 from distill_kernels.api.losses.presets import preset
 from distill_kernels.api.models.backbone import next_token_labels, run_backbone
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 class _TRLMixin:
     """What both have in common: the checks before training, and the loss of a batch inside of the student's wrapper."""
+
+    # What the trainer behind the mix-in brings.
+    accelerator: "Accelerator"
+    teacher_model: nn.Module  # or None, which is refused
+    beta: float
 
     loss_options: ClassVar[dict[str, Any]] = {}
     _trainer = ""  # the class of trl whose method is replaced
     _replaced = ""  # the method's name
     _parameters: tuple[str, ...] = ()  # and its parameters, by which a trl that computes its loss elsewhere is told
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # A trainer in front would never call what is behind it, and would train on its own loss without a word.
         for base in cls.__mro__[: cls.__mro__.index(_TRLMixin)]:
@@ -32,7 +41,7 @@ class _TRLMixin:
             if (base.__name__, base.__module__.partition(".")[0]) == (cls._trainer, "trl"):
                 raise TypeError(f"{cls.__name__} has {base.__name__} before the mix-in, wanted the mix-in first")
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._check_class()
         super().__init__(*args, **kwargs)
         if self.teacher_model is None:
@@ -111,17 +120,19 @@ class TRLGKDMixin(_TRLMixin):
     _replaced = "compute_loss"
     _parameters = ("self", "model", "inputs", "return_outputs", "num_items_in_batch")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         student = self.accelerator.unwrap_model(model)
         labels = next_token_labels(inputs["input_ids"], labels=inputs["labels"])
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         # Redirected, the forward is not the one that accelerate put autocast around.
         with self.accelerator.autocast():
-            loss = _redirection()(model, student, self._divergence, student, labels, num_items_in_batch, **batch)
+            loss: Tensor = _redirection()(model, student, self._divergence, student, labels, num_items_in_batch, **batch)
         # transformers takes the outputs of an evaluation for logits, less the loss.
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _divergence(self, student, labels, num_items, **batch):
+    def _divergence(self, student: nn.Module, labels: Tensor, num_items: int | Tensor | None, **batch: Tensor) -> Tensor:
         return distillation_loss(**self._arguments(student, labels, num_items, preset("gkd", beta=self.beta), **batch))
 
 
@@ -140,11 +151,15 @@ class TRLDistillationMixin(_TRLMixin):
     loss_options, Raises: as in `TRLGKDMixin`; images are refused, too.
     """
 
+    temperature: float
+
     _trainer = "DistillationTrainer"
     _replaced = "_compute_loss"
     _parameters = ("self", "unwrapped_student", "inputs", "num_items_in_batch")
 
-    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
         chosen = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
@@ -161,8 +176,9 @@ class TRLDistillationMixin(_TRLMixin):
         return loss, stats.student_entropy.sum(), stats.valid.sum()
 
 
-def _redirection():
+def _redirection() -> Callable[..., Any]:
     """trl's way of calling a method inside of the forward of what wraps a model, which keeps DDP's and FSDP's hooks in force."""
     from trl.models.utils import _ForwardRedirection
 
-    return _ForwardRedirection()
+    redirection: Callable[..., Any] = _ForwardRedirection()
+    return redirection

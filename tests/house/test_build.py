@@ -142,6 +142,7 @@ def check_wheel(tree, tmp_path, **environment):
         folder, _, rest = name.partition("/")
         if name.endswith(".py") and folder in ("distill_kernels", "python"):
             assert f"{'distill_kernels' if folder == 'distill_kernels' else 'distill_kernels/api'}/{rest}" in names
+    assert "distill_kernels/py.typed" in names  # by which a type checker takes the annotations
     # Only what is imported: no tests, no sources of the extension, no second top-level package.
     assert {n.partition("/")[0] for n in names} == {"distill_kernels", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     assert not [n for n in names if n.endswith((".cpp", ".h", ".inc"))]

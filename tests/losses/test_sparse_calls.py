@@ -11,7 +11,7 @@ from sparse_cases import TAILS, TOKENS, VOCABULARY, everything, make_case, resul
 import distill_kernels
 from distill_kernels import backends, plan, reference, selected_logprobs, sparse_distillation_loss, token_logprobs
 from distill_kernels.call.options import Options
-from distill_kernels.call.problem import Problem
+from distill_kernels.call.problem import Problem, Tensors, state
 from distill_kernels.ops import listed_entries
 
 pytestmark = pytest.mark.covering(2)
@@ -305,12 +305,13 @@ def test_compiles_as_one_graph(reduction):
 def test_ops_pass_torchs_own_checks(deferred):
     hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in CASE[:3])
     coefficients = torch.rand(TOKENS, 3)
-    arguments = (
-        hidden, weight, bias, FULL.ids, FULL.logprobs, None, LABELS.clamp(min=0), coefficients, "forward_kl", [], "bucket", 1.0, True, True,
-        1.0, 1.0, None, True, True, True, False, 64, "torch", deferred,
-    )  # fmt: skip
-    torch.library.opcheck(listed_entries.terms, arguments)
-    torch.library.opcheck(listed_entries.logprobs, (hidden, weight, bias, CASE.ids, 1.0, None, True, True, True, 64, "torch"))
+    tensors = Tensors(hidden, weight, bias, None, None, None, LABELS.clamp(min=0), coefficients)
+    options = Options(tail="bucket", backend="torch", temperature=2.0)
+    call, numbers = state(Problem.of(tensors, options, cross_entropy=True, z_loss=True, d_bias=True, deferred=deferred))
+    lists = FULL.ids, FULL.logprobs, None
+    torch.library.opcheck(listed_entries.terms, (*tensors[:3], *lists, tensors.labels, coefficients, numbers, call))
+    call, _ = state(Problem.of(tensors, options, kd=False, d_bias=True, deferred=True))
+    torch.library.opcheck(listed_entries.logprobs, (*tensors[:3], CASE.ids, None, call))
 
 
 # Cost

@@ -17,6 +17,7 @@ from tiny_models import LAYERS, WIDTH, WORDS, save_llama, sections, tokenizer_of
 from distill_kernels.api.command_line import main
 from distill_kernels.api.models import initial_models
 from distill_kernels.api.runs import corpus, demo_benchmark, demo_report
+from distill_kernels.api.runs import report as told
 from distill_kernels.api.user_error import UserError
 
 for package in ("transformers", "tqdm", "matplotlib"):
@@ -280,7 +281,7 @@ def test_a_full_disk_leaves_the_old_report(finished, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "plot", full)
+    monkeypatch.setattr(told, "plot", full)
     with pytest.raises(UserError, match="No space left"):
         demo_report.write(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"] and (tmp_path / "demo.json").read_text() == "old"

@@ -13,7 +13,8 @@ import torch
 from accuracy import EAGER_ORDERS, Inputs, assert_as_good_as_eager, eager_terms, make_inputs, make_labels
 
 from distill_kernels import reference
-from distill_kernels.call.problem import NO_LABEL, TERMS
+from distill_kernels.call.checks import NO_LABEL
+from distill_kernels.call.problem import TERMS
 from distill_kernels.divergences import BUILT_IN, LOG_PROBABILITY_FLOOR, STUDENT_ENTROPY
 
 DRIVER = cuda_emulated.EMULATION / "sweep_driver.cpp"

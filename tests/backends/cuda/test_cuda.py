@@ -20,6 +20,7 @@ from accuracy import (
     with_gradients,
 )
 from cuda_emulated import DEVICE, ON_GPU
+from thinned import paired
 
 from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, plan, reference, token_logprobs
 from distill_kernels.backends import cuda as backend
@@ -30,8 +31,10 @@ from distill_kernels.call.problem import Problem
 pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS, VOCABULARY = 21, 300
 ALL = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-TWO = pytest.mark.parametrize("divergence", ["forward_kl", divergences.jensen_shannon(0.3)], ids=str)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+BOTH = ["forward_kl", divergences.jensen_shannon(0.3)]  # one in one pass, and one in two
+TWO = pytest.mark.parametrize("divergence", BOTH, ids=str)
+ALL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=["float32", "bfloat16", "float16"])
 # Gradients of logits are rounded to the 16-bit dtype of the inputs before their products, which eager does not do.
 SLACK_16 = 2
 REAL = extension.kernels
@@ -52,8 +55,7 @@ def per_token(tokens=TOKENS):
     return torch.randn(tokens, generator=torch.Generator().manual_seed(0))
 
 
-@DTYPES
-@ALL
+@pytest.mark.parametrize("divergence, dtype", paired(DIVERGENCES, ALL_DTYPES))
 def test_divergence_with_every_option_matches_reference(divergence, dtype):
     check(make_inputs("realistic", bias=True, dtype=dtype), divergence=divergence, **everything(TOKENS, VOCABULARY))
 
@@ -81,8 +83,7 @@ OPTIONS = {
 }
 
 
-@TWO
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options, divergence", paired(OPTIONS, BOTH))
 def test_option_matches_reference(options, divergence):
     check(make_inputs("moderate"), divergence=divergence, **options)
     if not options.keys() & {"reduction", "num_items"}:
@@ -106,8 +107,7 @@ def test_equal_teacher_gives_rounding_error_only():
 
 
 # Rows that begin at every place within a vector, of less than one and of many; in a block, in clusters of every size, and held nowhere.
-@pytest.mark.parametrize("vocabulary", [1, 2, 3, 4, 5, 7, 33, 129, 300, 301, 302, 303, 1000, 3001])
-@TWO
+@pytest.mark.parametrize("vocabulary, divergence", paired([1, 2, 3, 4, 5, 7, 33, 129, 300, 301, 302, 303, 1000, 3001], BOTH))
 def test_vocabulary_of_any_size_matches_reference(vocabulary, divergence):
     inputs = make_inputs("grid", 9, vocabulary, 5, 3, bias=True)
     check(inputs, divergence=divergence, slack=4, **everything(9, vocabulary))
@@ -135,8 +135,7 @@ def test_every_way_to_share_a_row_matches_reference(shared_bytes, most, cluster,
     check(make_inputs("moderate", 9, 301, dtype=torch.float16), divergence=divergence)
 
 
-@TWO
-@DTYPES
+@pytest.mark.parametrize("dtype, divergence", paired(ALL_DTYPES, BOTH))
 def test_several_chunks_match_reference(dtype, divergence):
     tokens, vocabulary = 64, 3000
     inputs = make_inputs("moderate", tokens, vocabulary, 16, 24, dtype=dtype, bias=True)

@@ -37,6 +37,7 @@ def test_kernels_of_the_binary_are_those_of_the_committed_table_and_do_not_spill
         assert abs(row["registers"] - table[key]["registers"]) <= cuda_compile.REGISTERS_APART, key
 
 
+@pytest.mark.exhaustive
 @built
 @readable
 def test_machine_code_has_the_instructions_meant():

@@ -8,6 +8,7 @@ import cuda_emulated
 import pytest
 import torch
 from cuda_sweep_cases import ENTRIES, ROWS, WAYS, Refused, check, clamped, everything, make_case, run
+from thinned import paired
 
 pytestmark = pytest.mark.skipif(cuda_emulated.CXX is None, reason="there is no g++, which compiles the kernels for the emulation")
 
@@ -71,10 +72,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("instructions, cluster", WAYS, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_terms_are_those_of_the_reference(case, instructions, cluster, tmp_path):
-    check(case, instructions, cluster, tmp_path)
+@pytest.mark.parametrize("case, way", paired(CASES, WAYS))
+def test_terms_are_those_of_the_reference(case, way, tmp_path):
+    check(case, *way, tmp_path)
 
 
 def test_four_blocks_share_a_head(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import make_labels
 from sparse_cases import TAILS, TOKENS, VOCABULARY, Case, check_sparse, everything, make_case, results_of
+from thinned import paired, some
 
 from distill_kernels import divergences, plan, selected_logprobs, sparse_distillation_loss
 from distill_kernels.backends import triton as backend
@@ -26,8 +27,7 @@ def check(case, **options):
     return check_sparse(case, backend="triton", device=DEVICE, slack=slack, **options)
 
 
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype, tail", paired([torch.float32, torch.bfloat16, torch.float16], TAILS))
 def test_every_option_matches_reference(dtype, tail):
     case = make_case("realistic", bias=True, temperature=2.0, dtype=dtype)
     check(case, tail=tail, divergence=divergences.jensen_shannon(0.3), **everything(case))
@@ -38,8 +38,7 @@ def test_per_token_loss_matches_reference(tail):
     check(make_case("moderate"), tail=tail, divergence="reverse_kl", reduction="none", upstream=PER_TOKEN)
 
 
-@EACH
-@pytest.mark.parametrize("family", ["peaked", "huge"])
+@pytest.mark.parametrize("tail, family", paired(TAILS, ["peaked", "huge"]))
 def test_input_family_matches_reference(family, tail):
     check(make_case(family), tail=tail, reduction="none", upstream=PER_TOKEN)
 
@@ -117,7 +116,7 @@ MISTAKES = {
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="mistakes are made in the interpreter")
-@pytest.mark.parametrize("old, new", MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.parametrize("old, new", some(MISTAKES, 3))
 def test_mistake_is_found(old, new, tmp_path, monkeypatch):
     from distill_kernels.backends.triton import launch
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from accuracy import everything, make_inputs, make_labels, with_gradients
+from thinned import paired
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_kernels import distillation_loss
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("guarded")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 TOKENS, VOCABULARY = 21, 300
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def on_device(options):
@@ -51,7 +52,7 @@ CAPTURED = {
         "sweep_tolerance": None,
     },
 }  # fmt: skip
-captured = pytest.mark.parametrize("options", CAPTURED.values(), ids=CAPTURED.keys())
+captured = pytest.mark.parametrize("options, dtype", paired(CAPTURED, DTYPES))
 
 
 def not_compacted(monkeypatch):
@@ -79,7 +80,6 @@ class OnDevice(torch.Tensor):
 
 
 @captured
-@DTYPES
 def test_graph_being_captured_waits_for_nothing(options, dtype, sampling_pays, monkeypatch):
     ran, drawn, draw = [], [], sampling.draw
 
@@ -108,7 +108,6 @@ def test_graph_being_captured_waits_for_nothing(options, dtype, sampling_pays, m
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs want a GPU")
 @captured
-@DTYPES
 def test_cuda_graph_replays_what_calls_give(options, dtype, sampling_pays, monkeypatch):
     inputs = make_inputs("moderate", dtype=dtype).to(DEVICE)
     leaves, teacher = [x.requires_grad_() for x in inputs[:2]], inputs[2:4]

@@ -23,6 +23,7 @@ from accuracy import (
     make_inputs,
     make_labels,
 )
+from thinned import some
 
 from distill_kernels import backends, distillation_loss, distillation_loss_and_stats, divergences, reference
 
@@ -360,14 +361,21 @@ def run(case):
 
 
 @pytest.mark.usefixtures("sampling_pays")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", some({case.__name__: case for case in CASES}, 3))
 def test_copy_without_a_mistake_passes(case, backend_of):
     backend_of()
     run(case)
 
 
+# With every third there is then one at least of each module, and of each kind of case.
+KEPT = (
+    "log-probabilities not raised to the floor", "difference not weighted", "merged divergence not renormalised",
+    "tail of the student and not of the teacher", "rows of a head taken to lie side by side", "gradient of a label below the floor",
+)  # fmt: skip
+
+
 @pytest.mark.usefixtures("sampling_pays")
-@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+@pytest.mark.parametrize("mutant", some(MUTANTS, 3, also=KEPT))
 def test_mistake_is_found(mutant, backend_of):
     backend_of(*mutant[1:])
     with pytest.raises(AssertionError) as found:

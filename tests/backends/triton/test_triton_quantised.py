@@ -16,6 +16,7 @@ from accuracy import (
     moved,
     with_gradients,
 )
+from thinned import some
 
 from distill_kernels import distillation_loss, distillation_loss_and_stats, divergences, plan, reference
 from distill_kernels.backends import triton as backend
@@ -99,16 +100,22 @@ def check(inputs, bound=1e-5, **options):
         assert_close(got[name], value, 1e-5 if name == "loss" else bound, name)
 
 
-@pytest.mark.parametrize("name, sweep", [*((name, "int8") for name in OPTIONS), ("plain", "fp8"), ("everything", "fp8")])
+SWEPT = [*((name, "int8") for name in OPTIONS), ("plain", "fp8"), ("everything", "fp8")]
+
+
+KEPT = ["reverse, everything-int8", "masked-int8", "plain-fp8"]
+
+
+@pytest.mark.parametrize("name, sweep", some({"-".join(pair): pair for pair in SWEPT}, KEPT))
 def test_swept_loss_is_the_torch_backends(name, sweep, same_columns):
     check(inputs_of("moderate", bias=True), sweep=sweep, **OPTIONS[name])
     assert_close(same_columns[1], same_columns[0], 1e-5, "scores")
 
 
-@pytest.mark.parametrize(
-    "tokens, vocabulary, student_dim, teacher_dim, sweep",
-    [(1, 200, 24, 40, "int8"), (2, 5, 3, 2, "fp8"), (17, 129, 65, 130, "int8"), (17, 129, 65, 130, "fp8"), (33, 64, 20, 9, "int8")],
-)
+RAGGED = [(1, 200, 24, 40, "int8"), (2, 5, 3, 2, "fp8"), (17, 129, 65, 130, "int8"), (17, 129, 65, 130, "fp8"), (33, 64, 20, 9, "int8")]
+
+
+@pytest.mark.parametrize("tokens, vocabulary, student_dim, teacher_dim, sweep", some(RAGGED, [str(RAGGED[1]), str(RAGGED[2])]))
 def test_ragged_sizes_give_what_the_torch_backend_gives(tokens, vocabulary, student_dim, teacher_dim, sweep, same_columns):
     inputs = make_inputs("moderate", tokens, vocabulary, student_dim, teacher_dim, bias=True)
     options = {name: value for name, value in everything(tokens, vocabulary).items() if name != "label_smoothing"}
@@ -134,7 +141,7 @@ def test_loss_of_the_student_alone_is_the_torch_backends(same_columns):
         assert_close(got, truth, 1e-5, "loss or gradient")
 
 
-@pytest.mark.parametrize("sweep, options", [("fp8", {}), ("int8", EVERYTHING)], ids=["plain", "everything"])
+@pytest.mark.parametrize("sweep, options", some({"plain": ("fp8", {}), "everything": ("int8", EVERYTHING)}, ["everything"]))
 def test_stats_and_errors_are_the_torch_backends(options, sweep, same_columns):
     inputs, options = inputs_of("moderate").to(DEVICE), moved(options, DEVICE)
     (_, truth), (_, got) = (
@@ -146,11 +153,13 @@ def test_stats_and_errors_are_the_torch_backends(options, sweep, same_columns):
             assert_close(getattr(got, name), expected, 1e-4, name)
 
 
-@pytest.mark.parametrize(
-    "sweep, options",
-    [("int8", {}), ("int8", EVERYTHING), ("fp8", EVERYTHING), ("fp8", {"divergence": "reverse_kl", "temperature": 0.5})],
-    ids=["plain", "everything", "everything, fp8", "reverse"],
-)
+SUMMED = {
+    "plain": ("int8", {}), "everything": ("int8", EVERYTHING), "everything, fp8": ("fp8", EVERYTHING),
+    "reverse": ("fp8", {"divergence": "reverse_kl", "temperature": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sweep, options", some(SUMMED, ["everything", "reverse"]))
 def test_sums_and_scores_are_those_of_the_8_bit_rows(options, sweep, swept):
     inputs, options = inputs_of("realistic", bias=True).to(DEVICE), moved(options, DEVICE)
     biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
@@ -207,7 +216,7 @@ def test_references_are_the_pilots_log_sum_exps(swept):
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sweep, options", [("fp8", {}), ("int8", EVERYTHING)], ids=["plain", "everything"])
+@pytest.mark.parametrize("sweep, options", some({"plain": ("fp8", {}), "everything": ("int8", EVERYTHING)}, ["everything"]))
 def test_all_columns_kept_leave_no_error(options, sweep, swept, monkeypatch):
     """Every swept value is then replaced by the exact one."""
     monkeypatch.setattr(worthwhile, "MOST_FRACTION", 1.0)
@@ -237,17 +246,17 @@ def test_entries_of_minus_infinity_give_what_the_torch_backend_gives(which, same
     check(inputs, sweep="int8")
 
 
-@pytest.mark.parametrize(
-    "student, teacher, options, recomputed",
-    [
-        (-1e5, 12.0, {}, 1),
-        (12.0, -1e5, {"divergence": "reverse_kl"}, 1),
-        (-1e5, 12.0, EVERYTHING | {"student_softcap": None, "teacher_softcap": None}, 1),
-        (-math.inf, -math.inf, {}, 0),
-        (-math.inf, -math.inf, EVERYTHING | {"student_softcap": None, "teacher_softcap": None}, 0),
-    ],
-    ids=["student", "teacher", "everything", "both", "both, everything"],
-)
+UNCAPPED = EVERYTHING | {"student_softcap": None, "teacher_softcap": None}
+BELOW = {
+    "student": (-1e5, 12.0, {}, 1),
+    "teacher": (12.0, -1e5, {"divergence": "reverse_kl"}, 1),
+    "everything": (-1e5, 12.0, UNCAPPED, 1),
+    "both": (-math.inf, -math.inf, {}, 0),
+    "both, everything": (-math.inf, -math.inf, UNCAPPED, 0),
+}
+
+
+@pytest.mark.parametrize("student, teacher, options, recomputed", some(BELOW, ["teacher", "both, everything"]))
 def test_entries_below_the_floor_are_computed_exactly_if_one_model_gives_them_mass(student, teacher, options, recomputed, monkeypatch):
     """With every column kept nothing else is uncertain, and gradients are exact where the sums are."""
     monkeypatch.setattr(worthwhile, "MOST_FRACTION", 1.0)
