@@ -85,6 +85,6 @@ def test_bugs_are_not_hidden(monkeypatch):
     def broken(*_args, **_options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(distill_kernels.api.diagnosis, "plan", broken)
+    monkeypatch.setattr(distill_kernels.api.measuring.diagnosis, "plan", broken)
     with pytest.raises(ZeroDivisionError):
         main(PLAN)

@@ -111,7 +111,7 @@ def test_bench_refuses_in_one_sentence(more, words, capsys):
 def test_peak_memory_forgets_what_was_before():
     code = """
 import torch
-from distill_kernels.api import peak_memory
+from distill_kernels.api.measuring import peak_memory
 torch.ones(100 * 2**20 // 4)
 made = []
 print(peak_memory.above(lambda: made.append(torch.ones(50 * 2**20 // 4)), torch.device("cpu")))
