@@ -20,11 +20,10 @@ def finite_number(
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
-    wanted = " and".join(
-        f" {word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("at most", most)) if bound is not None
-    )
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
     if not -math.inf < value < math.inf or not inside:  # by comparison, which a compiler can trace
+        bounds = ("above", above), ("at least", least), ("at most", most)
+        wanted = " and".join(f" {word} {bound:g}" for word, bound in bounds if bound is not None)
         raise ValueError(f"{name} must be a finite number{wanted}, got {value!r}")
     if value != 0 and not 1e-18 <= abs(value) <= 1e18:  # so that its square is a normal float32
         raise ValueError(f"{name} must be 0 or of a magnitude between 1e-18 and 1e18, got {value!r}")

@@ -83,6 +83,21 @@ class Options:
         self._check_group()
         smoothed = self.label_smoothing * self.ce_weight != 0
         self.check_sweep(self.divergence if self.kd_weight else None, smoothed)
+        if not torch.compiler.is_compiling():
+            self._make_plain()
+
+    def _make_plain(self) -> None:
+        """Numbers of NumPy, members of an Enum and the like become Python's own: 2 and 2.0 are one temperature."""
+        for name in FLOAT_NAMES:
+            value = getattr(self, name)
+            if type(value) is not float and isinstance(value, (int, float)):
+                object.__setattr__(self, name, float(value))
+        for name in ENGINE_NAMES:
+            value = getattr(self, name)
+            if type(value) is not str and isinstance(value, str):
+                object.__setattr__(self, name, str.__str__(value))
+            elif type(value) is not int and isinstance(value, int):
+                object.__setattr__(self, name, int(value))
 
     def _check_numbers(self) -> None:
         checks.finite_number("temperature", self.temperature, above=0)
@@ -187,7 +202,8 @@ def is_mesh(group: Any) -> bool:
     return distributed.is_available() and isinstance(group, distributed.DeviceMesh)
 
 
-DEFAULTS = Options()
-DENSE_NAMES = tuple(field.name for field in dataclasses.fields(Options) if field.name not in ("tail", "teacher_temperature"))
+FLOAT_NAMES = tuple(field.name for field in dataclasses.fields(Options) if "float" in str(field.type))
 # Those that the kernels see.
 ENGINE_NAMES = tuple(field.name for field in dataclasses.fields(Options) if not field.metadata.get("front"))
+DEFAULTS = Options()
+DENSE_NAMES = tuple(field.name for field in dataclasses.fields(Options) if field.name not in ("tail", "teacher_temperature"))

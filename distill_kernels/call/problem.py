@@ -1,7 +1,7 @@
 """One call, validated: what a backend and the planner need to know of it beyond its tensors, and the tensors, a row for each token.
 
-Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes of student and teacher. `state` puts all of a problem that its tensors do not
-say into a text, which is what torch's custom ops take, and `read` makes the problem again.
+Shapes: N tokens, V vocabulary, D_s and D_t the hidden sizes of student and teacher. `as_text` puts all of a problem that its tensors do not
+say into a text, which is what torch's custom ops take, and `from_text` makes the problem again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -166,8 +167,8 @@ _SOME_NUMBERS = (-1.2345678, 0.012345678, 0.12345678, 0.56789012, 1.2345678, 5.6
 _STAND_IN = 0.5  # for such a number, where it is not known and decides nothing: no shape depends on one
 
 
-def state(problem: Problem) -> tuple[str, Tensor | None]:
-    """(text, numbers) from which `read` makes the problem again.
+def as_text(problem: Problem) -> tuple[str, Tensor | None]:
+    """(text, numbers) from which `from_text` makes the problem again.
 
     numbers (k,) float64 on CPU, or None: what changes from call to call of a compiled graph, for instance a scheduled temperature. In the
     text it would be a constant of the graph. As a float argument of a custom op it would be one too: torch's compiler keeps that of
@@ -194,7 +195,7 @@ def state(problem: Problem) -> tuple[str, Tensor | None]:
             said.append(f"{name!r}: {_stated(value, numbers)}")
     if not numbers:
         return ", ".join(said), None
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device
     return ", ".join(said), torch.stack([one * number for number in numbers])
 
 
@@ -218,41 +219,50 @@ def _stated(value: Any, numbers: list[Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-    # NumPy's floats are floats too, and print themselves otherwise.
-    return f"{float(value)!r}" if isinstance(value, float) else f"{value!r}"
+    """A compiler's symbol becomes the number that it stands for, which it guards."""
+    if isinstance(value, float):
+        return f"{float(value)!r}"
+    return f"{operator.index(value)!r}" if isinstance(value, int) else f"{value!r}"
 
 
-def read(text: str, numbers: Tensor | None, tensors: Tensors, listed: int = 0) -> Problem:
+def from_text(text: str, numbers: Tensor | None, tensors: Tensors, listed: int = 0) -> Problem:
     """The problem that was stated, of these tensors. While a graph is traced the values of `numbers` are not known, and stood in for."""
-    asked, options = _read(text)
-    if numbers is not None:
-        known = type(numbers) is Tensor
-        values = numbers.tolist() if known else [_STAND_IN] * len(numbers)
-        options = _options({name: _filled(value, values) for name, value in options.items()})
-    return Problem.of(tensors, options, listed=listed, **asked)
+    asked, options = _parsed(text)
+    if numbers is None:
+        body = from_parameters(*options["divergence"]).body if "divergence" in options else None
+        return Problem.of(tensors, _constant_options(text, body), listed=listed, **asked)
+    values = numbers.tolist() if type(numbers) is Tensor else [_STAND_IN] * len(numbers)
+    return Problem.of(tensors, _options(options, values), listed=listed, **asked)
 
 
 @functools.lru_cache(maxsize=256)
-def _read(text: str) -> tuple[dict[str, Any], Any]:
-    """(asked, options): an `Options`, or a dict if some numbers have to be filled in."""
+def _parsed(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(asked, options), as they are said."""
     said = ast.literal_eval(f"{{{text}}}")
     asked = {name: said.pop(name) for name in ASKED if name in said}
-    return asked, said if f"'{_VARIES}" in text else _options(said)
+    return asked, said
 
 
-def _options(said: dict[str, Any]) -> Options:
+@functools.lru_cache(maxsize=256)
+def _constant_options(text: str, body: Any) -> Options:
+    """body: of the divergence that has the name in the text now, for a user may register another under it."""
+    return _options(_parsed(text)[1], [])
+
+
+def _options(said: dict[str, Any], numbers: list[float]) -> Options:
+    options = {name: _filled(value, numbers) for name, value in said.items() if name != "divergence"}
     if "divergence" in said:
-        said = said | {"divergence": from_parameters(*said["divergence"])}
-    return Options(**said)
+        name, parameters = said["divergence"]
+        options["divergence"] = from_parameters(name, [_filled(parameter, numbers) for parameter in parameters])
+    return Options(**options)
 
 
 def _filled(value: Any, numbers: list[float]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_filled(part, numbers) for part in value)
     return numbers[int(value.removeprefix(_VARIES))] if isinstance(value, str) and value.startswith(_VARIES) else value
 
 
-def restated(text: str, **changed: Any) -> str:
+@functools.lru_cache(maxsize=256)
+def text_with(text: str, **changed: Any) -> str:
     """The text of the same problem but for some options or ASKED fields; its numbers stay the same."""
     said = ast.literal_eval(f"{{{text}}}") | changed
     return ", ".join(f"{name!r}: {value!r}" for name, value in said.items())

@@ -121,7 +121,8 @@ def join(problem: Problem, tensors: Tensors, backend: str) -> Problem:
     if shards is None:
         return problem
     options = {field.name: getattr(problem, field.name) for field in fields(problem) if field.name not in _OWN}
-    options |= {name: getattr(problem.options, name) for name in ENGINE_NAMES} | {"backend": backend}
+    options |= {name: getattr(problem.options, name) for name in ENGINE_NAMES}
+    options |= {"backend": backend, "workspace_mib": problem.workspace_mib}
     options["divergence"] = (problem.options.divergence.name, problem.options.divergence.parameters) if problem.kd else None
     options |= {f"{name}, or none,": tensor is None for name, tensor in tensors._asdict().items()}
     exact = {"labels": _checksum(tensors.labels), "mask": _checksum((tensors.coefficients != 0).long())}

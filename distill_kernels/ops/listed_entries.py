@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_kernels import backends
 from distill_kernels.call import checks
-from distill_kernels.call.problem import Problem, Tensors, read, restated, state
+from distill_kernels.call.problem import Problem, Tensors, as_text, from_text, text_with
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 from distill_kernels.listed import (
     Lists,
@@ -32,7 +32,7 @@ def _read(
     call: str, numbers: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, ids: Tensor
 ) -> tuple[Problem, Tensors]:
     tensors = Tensors(hidden, weight, bias, None, None, None, None, coefficients)
-    problem = read(call, numbers, tensors, listed=ids.shape[1])
+    problem = from_text(call, numbers, tensors, listed=ids.shape[1])
     return replace(problem, d_hidden=False, d_weight=False, d_bias=False) if problem.deferred else problem, tensors
 
 
@@ -49,7 +49,7 @@ def run_terms(
     tail_mass: Tensor | None,  # (N,)
 ) -> tuple[Tensor, Tensor]:
     """(total (), terms (N, 3)), of which the one is differentiable that `problem.deferred` says."""
-    call, numbers = state(problem)
+    call, numbers = as_text(problem)
     labels = tensors.labels if problem.cross_entropy else None
     made = terms(*tensors[:3], ids, log_p if problem.kd else None, tail_mass, labels, tensors.coefficients, numbers, call)
     return made[0], made[1]
@@ -66,7 +66,7 @@ def terms(
     labels: Tensor | None,  # (N,)
     coefficients: Tensor,  # (N, 3)
     numbers: Tensor | None,  # (k,) and
-    call: str,  # as `state` makes them
+    call: str,  # as `as_text` makes them
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem, tensors = _read(call, numbers, hidden, weight, bias, coefficients, ids)
     checks.labels("labels", labels, problem.vocabulary)
@@ -100,7 +100,7 @@ def _save_terms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     *tensors, numbers, call = inputs
     total, terms_, *gradients = output
     hidden, weight, bias, *_, coefficients = tensors
-    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, coefficients))
+    problem = from_text(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, coefficients))
     ctx.set_materialize_grads(False)
     ctx.call, ctx.deferred = call, problem.deferred
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
@@ -115,7 +115,7 @@ def _terms_backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_
         return (None,) * (TERMS_TENSORS + 2)
     if ctx.deferred:
         *inputs, _, numbers = ctx.saved_tensors
-        gradients = terms(*inputs, upstream, numbers, restated(ctx.call, deferred=False))[2:]
+        gradients = terms(*inputs, upstream, numbers, text_with(ctx.call, deferred=False))[2:]
     else:
         gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
     return finished(gradients, ctx.dtypes, ctx.wanted, TERMS_TENSORS + 2)
@@ -126,7 +126,7 @@ terms.register_autograd(_terms_backward, setup_context=_save_terms)
 
 def run_logprobs(problem: Problem, tensors: Tensors, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(log q_k (N, K), log q_rest (N,)), differentiable."""
-    call, numbers = state(problem)
+    call, numbers = as_text(problem)
     made, rest = logprobs(*tensors[:3], ids, numbers, call)
     return made, rest
 
@@ -138,7 +138,7 @@ def logprobs(
     bias: Tensor | None,  # (V,)
     ids: Tensor,  # (N, K) int64
     numbers: Tensor | None,  # (k,) and
-    call: str,  # as `state` makes them
+    call: str,  # as `as_text` makes them
 ) -> tuple[Tensor, Tensor]:
     """(log q_k (N, K), log q_rest (N,)); 0 where there is no entry, and for tokens without any."""
     counts = (ids != -1).any(-1)
@@ -212,8 +212,8 @@ def _(hidden, weight, bias, ids, d_logprobs, d_rest, numbers, call):  # type: ig
 def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, numbers, call = inputs
     hidden, weight, bias, ids = tensors
-    problem = read(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, ids))
-    ctx.call = restated(call, deferred=False)
+    problem = from_text(call, numbers, Tensors(hidden, weight, bias, None, None, None, None, ids))
+    ctx.call = text_with(call, deferred=False)
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
     ctx.save_for_backward(*tensors, numbers)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distill_kernels import backends
 from distill_kernels.call import checks
-from distill_kernels.call.problem import Problem, Tensors, read, restated, state
+from distill_kernels.call.problem import Problem, Tensors, as_text, from_text, text_with
 from distill_kernels.call.shards import join
 from distill_kernels.estimators.quantised import KINDS, padded_dim
 from distill_kernels.ops.gradients import finished, scaled, without_autocast
@@ -45,7 +45,7 @@ class Results(NamedTuple):
 
 def run(problem: Problem, tensors: Tensors) -> Results:
     problem = replace(problem, keeps_dz=problem.deferred and problem.can_keep_dz)
-    call, numbers = state(problem)
+    call, numbers = as_text(problem)
     total, terms_, _, _, _, *detached, _, _ = terms(*tensors, numbers, call)
     if problem.deferred and not problem.keeps_dz:
         total = (tensors.coefficients * terms_).sum(-1)
@@ -68,7 +68,7 @@ def terms(
     teacher_quantised: Tensor | None,  # (V, D_t padded)
     teacher_scales: Tensor | None,  # (V, 3)
     numbers: Tensor | None,  # (k,) and
-    call: str,  # as `state` makes them
+    call: str,  # as `as_text` makes them
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = Tensors(
         student_hidden,
@@ -85,7 +85,7 @@ def terms(
         teacher_quantised,
         teacher_scales,
     )
-    problem = _of_forward(read(call, numbers, tensors))
+    problem = _of_forward(from_text(call, numbers, tensors))
     backend = backends.choose(problem)
     problem = join(problem, tensors, backends.name_of(backend))
     checks.labels("labels", labels, problem.whole_vocabulary)
@@ -104,21 +104,18 @@ def _of_forward(problem: Problem) -> Problem:
 
 @terms.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, numbers, call = arguments
-    problem = _of_forward(read(call, numbers, Tensors(*tensors)))
+    *given, numbers, call = arguments
+    tensors = Tensors(*given)
+    problem = _of_forward(from_text(call, numbers, tensors))
     plan = backends.plan(problem) if problem.keeps_dz else None
-    total = problem_total(problem, Tensors(*tensors))
-    return total, *empty_outputs(problem, tensors[0], plan)
-
-
-def problem_total(problem: Problem, tensors: Tensors) -> Tensor:
-    return tensors.coefficients.new_empty((problem.tokens,) if problem.keeps_dz else ())
+    total = tensors.coefficients.new_empty((problem.tokens,) if problem.keeps_dz else ())
+    return total, *empty_outputs(problem, tensors.student_hidden, plan)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *given, numbers, call = inputs
     tensors = Tensors(*given)
-    problem = read(call, numbers, tensors)
+    problem = from_text(call, numbers, tensors)
     total, terms_, d_hidden, d_weight, d_bias, *others, kept_dz, kept_columns = output
     others += d_hidden, d_weight, d_bias, kept_dz, kept_columns
     ctx.set_materialize_grads(False)
@@ -151,7 +148,7 @@ def _backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any)
     elif again:
         *tensors, numbers = ctx.saved_tensors
         tensors = Tensors(*tensors)._replace(coefficients=upstream)
-        gradients = terms(*tensors, numbers, restated(ctx.call, deferred=False, stats=False))[2:5]
+        gradients = terms(*tensors, numbers, text_with(ctx.call, deferred=False, stats=False))[2:5]
     else:
         gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
     return finished(gradients, ctx.dtypes, ctx.wanted, inputs)
@@ -191,12 +188,12 @@ def _call_of_kept(call: str, backend: str, compacted: bool) -> str:
     compacted: whether forward left out masked tokens.
     """
     none = {"kd": False, "cross_entropy": False, "z_loss": True, "stats": False, "deferred": False, "keeps_dz": False, "sweep": None}
-    return restated(call, backend=backend, compact=compacted, **none)
+    return text_with(call, backend=backend, compact=compacted, **none)
 
 
 def _problem_of_kept(call: str, numbers: Tensor | None, student_hidden: Tensor, student_weight: Tensor, coefficients: Tensor) -> Problem:
     nothing = [None] * (len(Tensors._fields) - 2)
-    problem = read(call, numbers, Tensors(student_hidden, student_weight, *nothing))  # type: ignore[arg-type]
+    problem = from_text(call, numbers, Tensors(student_hidden, student_weight, *nothing))  # type: ignore[arg-type]
     return replace(problem, teacher_dtype=coefficients.dtype)  # which is the forward's compute dtype
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from distill_kernels.call.options import DEFAULTS, DENSE_NAMES, Options
 from distill_kernels.call.problem import STATS, Tensors
 from distill_kernels.divergences import Divergence, resolve
 from distill_kernels.ops import whole_vocabulary
-
-if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh, ProcessGroup
 
 
 def distillation_loss(
@@ -54,7 +51,7 @@ def distillation_loss(
     sweep_tolerance: float | None = 0.02,
     backend: str = "auto",
     workspace_mib: int | None = None,
-    process_group: ProcessGroup | DeviceMesh | None = None,
+    process_group: Any = None,  # a torch.distributed.ProcessGroup or DeviceMesh
     sequence_parallel: bool = False,
 ) -> Tensor:
     """Divergence between the teacher's and the student's next-token distributions, plus cross entropy, from hidden states.
@@ -227,6 +224,9 @@ def distillation_loss_and_stats(
 class DistillationLoss(nn.Module):
     """`distillation_loss` as a module: options at construction, tensors at the call.
 
+    options: the frozen `Options` that they made. To change one, for instance a scheduled temperature, replace them:
+    `loss_fn.options = dataclasses.replace(loss_fn.options, temperature=1.5)`.
+
     Example
         >>> loss_fn = DistillationLoss(divergence="reverse_kl", temperature=2.0)
         >>> loss = loss_fn(torch.randn(8, 64), torch.randn(1000, 64), torch.randn(8, 96), torch.randn(1000, 96))
@@ -277,6 +277,7 @@ def _over_ranks(inputs: Inputs, options: Options, *, stats: bool) -> tuple[Tenso
 
 def _evaluated(inputs: Inputs, options: Options, spread: Spread, stats: bool) -> tuple[Tensor, DistillationStats | None]:
     """(loss, DistillationStats or None): validated, reduced, everything `distillation_loss` documents."""
+    resolve(options.divergence)  # refuses one whose name has another body by now
     if spread.group:
         options.check_sharded()
     inputs.check(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from distill_kernels.call import checks
 from distill_kernels.call.options import Options
 from distill_kernels.divergences import STUDENT_ENTROPY
 from distill_kernels.ops import listed_entries, whole_vocabulary
-
-if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh, ProcessGroup
 
 
 def token_logprobs(
@@ -30,7 +27,7 @@ def token_logprobs(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_mib: int | None = None,
-    process_group: ProcessGroup | DeviceMesh | None = None,
+    process_group: Any = None,  # a torch.distributed.ProcessGroup or DeviceMesh
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens and entropies of their distributions, both differentiable, without logits.
 
@@ -44,6 +41,7 @@ def token_logprobs(
         >>> (-logprobs - 0.01 * entropies).mean().backward()
     """
     options = _options(temperature, logit_scale, softcap, backend, workspace_mib, ignore_index=ignore_index, process_group=process_group)
+    checks.matrix("weight", weight, 2)
     inputs, spread = vocabulary_shards.localised(Inputs(hidden, weight, labels=token_ids, student_bias=bias), options)
     if spread.tokens:
         raise NotImplementedError("token_logprobs wants all tokens on every rank; gather hidden and token_ids, whose tokens are divided")
@@ -110,6 +108,8 @@ def _options(
     checks.finite_number("temperature", temperature, above=0)
     checks.finite_number("logit_scale", logit_scale)
     checks.finite_number("softcap", softcap, above=0, optional=True)
+    checks.finite_number("logit_scale / temperature", logit_scale / temperature)
+    checks.finite_number("softcap / temperature", None if softcap is None else softcap / temperature, above=0, optional=True)
     return Options(
         divergence=STUDENT_ENTROPY,
         student_logit_scale=logit_scale / temperature,

@@ -134,7 +134,7 @@ def sparse_distillation_loss(
 
 def _check_lists(inputs: Inputs, options: Options, ids: Tensor, logprobs: Tensor, tail_mass: Tensor | None) -> None:
     """Raises unless the teacher's lists suit the inputs and the options, and the inputs each other."""
-    checks.head("student_", inputs.student_hidden, inputs.student_weight, inputs.student_bias)
+    checks.matrix("student_hidden", inputs.student_hidden)
     check_lists("teacher_ids", ids, inputs.tokens)
     checks.matrix("teacher_logprobs", logprobs)
     if logprobs.shape != ids.shape:

@@ -11,7 +11,7 @@ from sparse_cases import TAILS, TOKENS, VOCABULARY, everything, make_case, resul
 import distill_kernels
 from distill_kernels import backends, plan, reference, selected_logprobs, sparse_distillation_loss, token_logprobs
 from distill_kernels.call.options import Options
-from distill_kernels.call.problem import Problem, Tensors, state
+from distill_kernels.call.problem import Problem, Tensors, as_text
 from distill_kernels.ops import listed_entries
 
 pytestmark = pytest.mark.covering(2)
@@ -307,10 +307,10 @@ def test_ops_pass_torchs_own_checks(deferred):
     coefficients = torch.rand(TOKENS, 3)
     tensors = Tensors(hidden, weight, bias, None, None, None, LABELS.clamp(min=0), coefficients)
     options = Options(tail="bucket", backend="torch", temperature=2.0)
-    call, numbers = state(Problem.of(tensors, options, cross_entropy=True, z_loss=True, d_bias=True, deferred=deferred))
+    call, numbers = as_text(Problem.of(tensors, options, cross_entropy=True, z_loss=True, d_bias=True, deferred=deferred))
     lists = FULL.ids, FULL.logprobs, None
     torch.library.opcheck(listed_entries.terms, (*tensors[:3], *lists, tensors.labels, coefficients, numbers, call))
-    call, _ = state(Problem.of(tensors, options, kd=False, d_bias=True, deferred=True))
+    call, _ = as_text(Problem.of(tensors, options, kd=False, d_bias=True, deferred=True))
     torch.library.opcheck(listed_entries.logprobs, (*tensors[:3], CASE.ids, None, call))
 
 

@@ -1,6 +1,6 @@
 """Numbers that change from step to step of a compiled loss: every step is the eager one's, in one process and in a second on its cache.
 
-torch's compiler keeps a stale float in its caches (pytorch/pytorch#197889), which `call.problem.state` goes round.
+torch's compiler keeps a stale float in its caches (pytorch/pytorch#197889), which `call.problem.as_text` goes round.
 """
 
 import json
@@ -20,14 +20,15 @@ def errors_of(cache, *numbers):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([sys.executable, PROGRAM, *numbers], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    rows = [json.loads(line) for line in ran.stdout.splitlines()]
-    return {(row["number"], row["form"], row["step"]): row["error"] for row in rows}
+    *rows, last = [json.loads(line) for line in ran.stdout.splitlines()]
+    return {(row["number"], row["form"], row["step"]): row["error"] for row in rows}, last["hits"]
 
 
 def check(cache, *numbers, forms):
     # Sums of some hundred float32 numbers in another order: 1e-6, and a few times that.
     for process in ("first", "second"):
-        errors = errors_of(cache, *numbers)
+        errors, hits = errors_of(cache, *numbers)
+        assert process == "first" or hits > 0, "the second process did not read the first one's cache"
         assert len(errors) == forms * len(STEPS)
         assert not {key: error for key, error in errors.items() if not error < 1e-5}, process
 
