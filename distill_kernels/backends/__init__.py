@@ -2,6 +2,8 @@
 
 A backend is a module of this package with the functions of `Backend`. Adding one: write the module, and put its name in ORDER where
 `auto` should consider it.
+
+It imports `call`, `estimators` and `schedule`.
 """
 
 import importlib

@@ -1,1 +1,4 @@
-"""One call of a loss: its options, its tensors' shapes, whether they fit, and the ranks it is divided over. Imports divergences alone."""
+"""One call of a loss: its options, its tensors' shapes, whether they fit, and the ranks that it is divided over.
+
+It imports `divergences`.
+"""

@@ -1,1 +1,4 @@
-"""What torch sees of the engine: custom ops, their fake implementations and gradients. Imports `backends` and all below."""
+"""What torch sees of the engine: custom ops, their fake implementations and gradients.
+
+It imports `backends`, `call`, `divergences`, `estimators`, `listed`, `memory` and `schedule`.
+"""

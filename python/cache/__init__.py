@@ -8,4 +8,6 @@
     writing       write_teacher_cache
     mapped_shards its shards, checked, opened and read row by row
     reading       TeacherCache
+
+It imports `call`, `estimators`, `losses`, `models`, `products` and `user_error`.
 """

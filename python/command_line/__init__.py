@@ -1,4 +1,7 @@
-"""The command `distill-kernels`: what the library does, without writing a program. Each of its commands has a module here."""
+"""The command `distill-kernels`: what the library does, without writing a program. Each of its commands has a module here.
+
+It imports `cache`, `call`, `divergences`, `measuring`, `models`, `runs` and `user_error`.
+"""
 
 import sys
 from collections.abc import Sequence

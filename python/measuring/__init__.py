@@ -1,1 +1,4 @@
-"""What a call costs: plans before it runs, time and memory of it beside other libraries. May import `losses`."""
+"""What a call costs: plans before it runs, time and memory of it beside other libraries.
+
+It imports `backends`, `call`, `divergences`, `losses`, `progress_bar`, `schedule` and `user_error`.
+"""

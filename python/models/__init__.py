@@ -1,1 +1,4 @@
-"""Causal language models of transformers: their hidden states, heads and labels, and students cut from teachers. May import `losses`."""
+"""Causal language models of transformers: their hidden states, heads and labels, and students cut from teachers.
+
+It imports `user_error`.
+"""

@@ -1,1 +1,4 @@
-"""Training runs from the command line: texts, models, the loop, checkpoints, reports, the demo. May import all but `command_line`."""
+"""Training runs from the command line: texts, the loop, checkpoints, reports, and the demo.
+
+It imports `cache`, `losses`, `measuring`, `models`, `progress_bar` and `user_error`.
+"""

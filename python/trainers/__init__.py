@@ -1,1 +1,1 @@
-"""The Trainers of transformers and TRL with the losses of this library. May import `losses`, `models` and `cache`."""
+"""The Trainers of transformers and TRL with the losses of this library. It imports `cache`, `losses` and `models`."""

@@ -4,6 +4,8 @@ Chunked: products by the vendor's library into a reused workspace, csrc/cuda/row
 gradients go over columns that csrc/cuda/columns.cu gathers. Tile-fused: csrc/cuda/sweep.cu, where no gradient is asked for and heads are of
 16 bits. Nothing of it has been run on a GPU yet: the tests run the same source on CPU tensors, in an emulation that they put in the
 extension's place.
+
+It imports `call`, `divergences`, `estimators` and `schedule`.
 """
 
 import functools

@@ -2,6 +2,8 @@
 
 Products go through the vendor's library, the row kernel between them is the readable version of what compiled kernels do. Its
 temporaries are held for `Plan.row_tokens` tokens at a time, so that the workspace stays as planned.
+
+It imports `call`, `divergences`, `estimators`, `listed`, `products` and `schedule`.
 """
 
 import torch

@@ -3,6 +3,8 @@
 Chunked: products by the vendor's library into a reused workspace, `rows` between them; 16-bit heads get a 16-bit dz, which tensor cores
 multiply. Tile-fused: `sweep`, where no gradient is asked for. Swept: `quantised_sweep`,
 whose 8-bit logits are corrected by a few exact ones. Triton is imported where it is needed first.
+
+It imports `call`, `divergences`, `estimators`, `listed`, `products` and `schedule`.
 """
 
 import torch
