@@ -120,6 +120,20 @@ def test_scheduled_number_is_on_the_cpu_whatever_the_default_device():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name, values", [("temperature", (1, 2, 3, 4)), ("temperature", (300, 301, 302)), ("workspace_mib", (1, 2, 3))])
+def test_scheduled_integers_are_those_of_the_call(name, values):
+    """Of those above 200 the compiler's guards exclude all numbers that a varying one is told by: they are constants, compiled anew."""
+
+    def loss(value, below=values[0] - 1):
+        return distillation_loss(*CALL, **{name: value if value > below else 1})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for value in values:
+        torch.testing.assert_close(compiled(value), distillation_loss(*CALL, **{name: value}))
+    torch._dynamo.reset()
+
+
 def test_module_takes_other_options_in_place_of_its_own():
     loss_fn = DistillationLoss(temperature=2.0, divergence="reverse_kl")
     assert "temperature=2.0" in repr(loss_fn) and "kd_weight" not in repr(loss_fn)

@@ -1,6 +1,7 @@
 """The layering of the source tree, read from the source itself."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_kernels import codegen
+from distill_kernels import backends, codegen
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "distill_kernels"
@@ -389,3 +390,14 @@ def test_public_names_are_the_ones_announced():
         assert getattr(distill_kernels, name, None) is not None
         assert getattr(distill_kernels, name).__doc__
     assert api.__all__ == sorted(api.__all__)
+
+
+@pytest.mark.parametrize("name", backends.ORDER)
+def test_backends_have_the_functions_of_the_protocol(name):
+    backend, wanted = backends.load(name), {n: f for n, f in vars(backends.Backend).items() if inspect.isfunction(f) and n[0] != "_"}
+    assert set(wanted) == {"describe", "why_not", "schedule", "run", "multiply_kept", "run_listed"}
+    for function, declared in wanted.items():
+        if function == "run_listed" and not hasattr(backend, function):
+            continue
+        _, *parameters = inspect.signature(declared).parameters
+        assert list(inspect.signature(getattr(backend, function)).parameters) == parameters, function

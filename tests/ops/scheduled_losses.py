@@ -62,8 +62,6 @@ LOSSES = {
     "label_smoothing": lambda x: distillation_loss(**CALL, labels=LABELS, ce_weight=1.0, label_smoothing=0.2 * x),
     "beta": lambda x: distillation_loss(**CALL, divergence=divergences.jensen_shannon(beta=0.2 * x)),
     "column_fraction": lambda x: sampled_by(0.1 * x),
-    "workspace_mib": lambda x: distillation_loss(**CALL, workspace_mib=int(10 * x), backend="torch"),
-    "temperature, an int": lambda x: distillation_loss(**CALL, temperature=int(10 * x), backend="native"),
     "lists": lambda x: listed(tail="renormalise", temperature=x, teacher_temperature=1.0),
     "lists, per token": lambda x: listed(tail="bucket", student_logit_scale=x, reduction="none").sum(),
     "log-probabilities": lambda x: sum(made.sum() for made in token_logprobs(*LEAVES, LABELS, temperature=x)),
