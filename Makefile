@@ -17,12 +17,16 @@ COMMA := ,
 LIBRARY = $(shell $(CXX) -print-file-name=lib$(1).so)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: test test-all demo bench sanitize lint generate clean
+.PHONY: test quick test-all demo bench sanitize lint generate clean
 
 # A process for each core, up to four: most tests use one thread. Passive: threads of two processes that wait for work must not spin.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test: lint
+# Side by side: mypy keeps one core busy, and for a fraction of the time.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory --jobs 2 lint quick
+
+quick: $(INSTALLED)
 	$(PYTEST) -m "not exhaustive"
 
 # What the processor has a say in: products of torch and oneDNN, and the native kernels, which test_native.py holds to every set itself.

@@ -34,6 +34,11 @@ def check(cache, *numbers, forms):
 
 
 def test_scheduled_temperature_is_the_eager_one_in_two_processes(tmp_path):
+    check(tmp_path, "temperature", forms=1)
+
+
+@pytest.mark.exhaustive
+def test_temperature_of_every_form_is_the_eager_one_in_two_processes(tmp_path):
     check(tmp_path, forms=5)
 
 
