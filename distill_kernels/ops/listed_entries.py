@@ -90,7 +90,8 @@ TERMS_TENSORS = 8  # and `numbers`
 
 
 @terms.register_fake
-def _(hidden, weight, bias, ids, log_p, tail_mass, labels, coefficients, numbers, call):  # type: ignore[no-untyped-def]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight, bias, ids, _, _, _, coefficients, numbers, call = arguments
     problem, _ = _read(call, numbers, hidden, weight, bias, coefficients, ids)
     outputs = empty_outputs(problem, hidden, None)
     return outputs.terms.new_empty(()), outputs.terms, outputs.d_hidden, outputs.d_weight, outputs.d_bias
@@ -166,7 +167,9 @@ def _empty_logprobs(problem: Problem, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @logprobs.register_fake
-def _(hidden, weight, bias, ids, numbers, call):  # type: ignore[no-untyped-def]
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, numbers: Tensor | None, call: str
+) -> tuple[Tensor, Tensor]:
     problem, _ = _read(call, numbers, hidden, weight, bias, ids, ids)
     return _empty_logprobs(problem, ids)
 
@@ -203,7 +206,8 @@ def logprobs_gradient(
 
 
 @logprobs_gradient.register_fake
-def _(hidden, weight, bias, ids, d_logprobs, d_rest, numbers, call):  # type: ignore[no-untyped-def]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias, ids, d_logprobs, _, numbers, call = arguments
     problem, _ = _read(call, numbers, hidden, weight, bias, d_logprobs, ids)
     outputs = empty_outputs(problem, hidden, None)
     return outputs.d_hidden, outputs.d_weight, outputs.d_bias

@@ -177,7 +177,8 @@ def multiply_kept(
 
 
 @multiply_kept.register_fake
-def _(student_hidden, student_weight, coefficients, kept_dz, kept_columns, upstream, numbers, call):  # type: ignore[no-untyped-def]
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    student_hidden, student_weight, coefficients, _, _, _, numbers, call = arguments
     outputs = empty_outputs(_problem_of_kept(call, numbers, student_hidden, student_weight, coefficients), student_hidden, None)
     return outputs.d_hidden, outputs.d_weight
 
@@ -192,8 +193,7 @@ def _call_of_kept(call: str, backend: str, compacted: bool) -> str:
 
 
 def _problem_of_kept(call: str, numbers: Tensor | None, student_hidden: Tensor, student_weight: Tensor, coefficients: Tensor) -> Problem:
-    nothing = [None] * (len(Tensors._fields) - 2)
-    problem = from_text(call, numbers, Tensors(student_hidden, student_weight, *nothing))  # type: ignore[arg-type]
+    problem = from_text(call, numbers, Tensors(student_hidden, student_weight, None, None, None, None, None, coefficients))
     return replace(problem, teacher_dtype=coefficients.dtype)  # which is the forward's compute dtype
 
 
