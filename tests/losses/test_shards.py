@@ -1,4 +1,4 @@
-"""A vocabulary divided over the ranks of a process group gives what the whole one gives; the cases are in shard_ranks.py."""
+"""A vocabulary divided over the ranks of a process group gives what the whole one gives; the cases are in shard_cases.py."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shard_ranks import names_of
+from shard_cases import names_of
 
 RANKS = Path(__file__).parent / "shard_ranks.py"
 SECONDS = 1800  # against a hang alone
