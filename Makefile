@@ -30,7 +30,8 @@ quick: $(INSTALLED)
 	$(PYTEST) -m "not exhaustive"
 
 # What the processor has a say in: products of torch and oneDNN, and the native kernels, which test_native.py holds to every set itself.
-PROCESSOR = tests/losses tests/estimators tests/ops/test_autograd.py tests/trainers/test_trainer.py tests/trainers/test_trainer_teachers.py
+PROCESSOR = tests/losses tests/estimators tests/ops/test_autograd.py tests/ops/test_custom_ops.py \
+	tests/trainers/test_trainer.py tests/trainers/test_trainer_teachers.py
 
 # The native kernels are held to each narrower set that they have here, and with avx2 torch and oneDNN are, too. Where avx2 is the widest,
 # the processor has no AVX-512: `make test` ran just that, and what is left is the baseline, which torch and oneDNN know nothing of.
