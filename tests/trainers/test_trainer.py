@@ -19,6 +19,7 @@ from trainer_runs import (
     trained,
 )
 
+from distill_kernels import reference
 from distill_kernels.api.trainers.distillation_trainer import forward_replaced
 from distill_kernels.api.trainers.trainer_loss import METRICS
 from distill_kernels.ops import whole_vocabulary
@@ -116,11 +117,27 @@ def test_bfloat16_is_autocast_of_both_models(tmp_path, monkeypatch):
     exact = trained(eager_trainer(tmp_path, arguments_changes=slow, **options))
     options["arguments_changes"] = slow | {"bf16": True}
     wanted = trained(eager_trainer(tmp_path, **options))
-    student, teacher, seen = make_student(), make_teacher(), []
+    student, teacher, seen, calls = make_student(), make_teacher(), [], []
+
+    def recording(problem, tensors, run=whole_vocabulary.run):
+        results = run(problem, tensors)
+        calls.append((tensors, results.terms.detach()))
+        return results
+
+    monkeypatch.setattr(whole_vocabulary, "run", recording)
     for model in (student, teacher):
         model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     got = trained(distillation_trainer(tmp_path, student, teacher_model=teacher, **options))
     assert set(seen) == {torch.bfloat16}
+    for tensors, terms in calls:
+        # The loss is of the bfloat16 states and heads as they are, in float32.
+        assert {tensor.dtype for tensor in (*tensors[:2], *tensors[3:5])} == {torch.bfloat16}
+        counts = (tensors.coefficients != 0).any(-1)
+        hidden = [states[counts].detach() for states in (tensors.student_hidden, tensors.teacher_hidden)]
+        heads = [head.detach() for head in (tensors.student_weight, tensors.teacher_weight)]
+        (kd, ce, _), _ = reference.distillation_terms(hidden[0], heads[0], hidden[1], heads[1], tensors.labels[counts], temperature=2.0)
+        for term, truth in zip(terms[counts].T, (kd, ce), strict=False):
+            torch.testing.assert_close(term.double(), truth, rtol=0, atol=8 * 2.0**-23 * truth.abs().max().item())
     assert {parameter.dtype for parameter in got.model.parameters()} == {torch.float32}
     # Both have the same hidden states. Eager rounds its logits to bfloat16, each by 2⁻⁹ of it at the most; δ is that
     # of the largest logit, z. A log-probability, of a logit and the log-sum-exp, is off by 2·δ, and the cross entropy is one of them. In
