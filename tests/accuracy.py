@@ -241,7 +241,16 @@ def with_gradients(function, inputs, upstream, **options):
 
 def eager_with_gradients(function, inputs, upstream, **options):
     """`with_gradients` of an eager function, in EAGER_ORDERS orders of vocabulary and features: {name: list of tensors}."""
-    results = [with_gradients(function, inputs, upstream, **options)]
+    results = []
+    for permuted, changed, undo in eager_orders(inputs, options):
+        result = with_gradients(function, permuted, upstream, **changed)
+        results.append({name: undo[name](value) if name in undo else value for name, value in result.items()})
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+def eager_orders(inputs, options):
+    """(inputs, options, functions that put gradients back in order, by name) of EAGER_ORDERS equally good orders; the first is as given."""
+    yield inputs, options, {}
     shared = min(inputs.student_weight.shape[0], inputs.teacher_weight.shape[0])
     for seed in range(1, EAGER_ORDERS):
         generator = torch.Generator().manual_seed(seed)
@@ -262,18 +271,27 @@ def eager_with_gradients(function, inputs, upstream, **options):
             rows(inputs.student_bias),
             rows(inputs.teacher_bias),
         )
+        back, features = order.argsort(), columns_s.argsort()
         changed = dict(options)
         for name in ("labels", "token_ids"):
             if options.get(name) is not None:
                 ids = options[name]
                 valid = ids != options.get("ignore_index", -100)
-                changed[name] = torch.where(valid, order.argsort()[ids * valid], ids)
-        result = with_gradients(function, permuted, upstream, **changed)
-        for name, gradient in result.items():
-            if name != "loss":
-                gradient = rows(gradient, order.argsort()) if name != "d_student_hidden" else gradient
-                result[name] = gradient if name == "d_student_bias" else gradient[..., columns_s.argsort()]
-        results.append(result)
+                changed[name] = torch.where(valid, back[ids * valid], ids)
+        undo = {
+            "d_student_hidden": lambda gradient, features=features: gradient[..., features],
+            "d_student_weight": lambda gradient, rows=rows, back=back, features=features: rows(gradient, back)[..., features],
+            "d_student_bias": lambda gradient, rows=rows, back=back: rows(gradient, back),
+        }
+        yield permuted, changed, undo
+
+
+def eager_stats(inputs, **options):
+    """The diagnostics of `eager_terms` in EAGER_ORDERS orders: {name: list of tensors}."""
+    results = []
+    for permuted, changed, _ in eager_orders(inputs, options):
+        biases = {"student_bias": permuted.student_bias, "teacher_bias": permuted.teacher_bias}
+        results.append(eager_terms(*permuted[:4], **biases, **changed)[1])
     return {name: [result[name] for result in results] for name in results[0]}
 
 

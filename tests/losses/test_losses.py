@@ -11,7 +11,7 @@ from accuracy import (
     check_loss,
     eager_log_probabilities,
     eager_logits,
-    eager_terms,
+    eager_stats,
     eager_with_gradients,
     everything,
     make_inputs,
@@ -469,7 +469,7 @@ def check_stats(inputs, *, backend, **options):
     plain = {"kd_weight", "ce_weight", "z_loss_weight", "token_weight", "num_items", "temperature_squared", "reduction", "workspace_mib"}
     terms = {name: value for name, value in options.items() if name not in plain}
     biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
-    _, eager = eager_terms(*inputs[:4], **biases, **terms)
+    eager = eager_stats(inputs, **terms)
     wide = inputs.to(torch.float64)
     _, truth = reference.distillation_terms(*wide[:4], student_bias=wide.student_bias, teacher_bias=wide.teacher_bias, **terms)
     valid = torch.ones(inputs.student_hidden.shape[:-1], dtype=torch.bool)
@@ -484,7 +484,7 @@ def check_stats(inputs, *, backend, **options):
         got = getattr(stats, name)
         assert not got.requires_grad
         assert (got[~valid] == 0).all(), name
-        assert_as_good_as_eager(name, got[valid], eager[name][valid], truth[name][valid])
+        assert_as_good_as_eager(name, got[valid], [stat[valid] for stat in eager[name]], truth[name][valid])
         torch.testing.assert_close(means[name], got[valid].mean(), msg=name)
     return loss, stats
 
