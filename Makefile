@@ -2,6 +2,7 @@
 # make test-all: the exhaustive rest, to be run after it, and what depends on the processor on the narrower instruction sets it has.
 # make demo: distil a real teacher into a student.
 # make bench: the benchmarks.    make lint    make generate: print divergences.py as C++.    make clean
+# make gpu-bundle: what `python -m benchmarks.gpu_suite` takes along to a machine with a GPU and no network.
 # make sanitize: the native tests on builds with sanitizers: of addresses and undefined behaviour, and of races between threads.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ COMMA := ,
 LIBRARY = $(shell $(CXX) -print-file-name=lib$(1).so)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: test quick test-all demo bench sanitize lint generate clean
+.PHONY: test quick test-all demo bench gpu-bundle sanitize lint generate clean
 
 # A process for each core, up to four: most tests use one thread. Passive: threads of two processes that wait for work must not spin.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -51,6 +52,9 @@ demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks
+
+gpu-bundle: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_suite.bundle
 
 # The package around an extension built with the flags $(2), in build/sanitize-$(1)/lib. -w: sanitizers make GCC warn of its own headers.
 SANITIZED = CFLAGS="-g -w $(2)" CXXFLAGS="-g -w $(2)" LDFLAGS="$(2)" DISTILL_KERNELS_REQUIRE_NATIVE=1 DISTILL_KERNELS_CUDA=0 \

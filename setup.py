@@ -1,7 +1,8 @@
 """Builds the CPU extension, and the CUDA one where there is nvcc, beside the Python packages; everything declarative is in pyproject.toml.
 
 Without a C++ compiler the installation still works, on the torch backend: the failure is reported in a sentence, not raised. Set
-DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised; DISTILL_KERNELS_CUDA=0 leaves out CUDA, and "required" has its lack raised.
+DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised; DISTILL_KERNELS_CUDA=0 leaves out CUDA, "required" has its lack raised, and "only"
+builds nothing else. DISTILL_KERNELS_CHIPS names some of CHIPS, with spaces between them, where not all are wanted.
 """
 
 import os
@@ -35,20 +36,21 @@ native = Pybind11Extension(
     depends=headers("cpu", "generated"),
 )
 # One binary for every chip: of each kind from 8.0 on machine code, and of the last what a later driver makes its own from.
-CHIPS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=[sm_100,compute_100]")
+CHIPS = {"80": "arch=compute_80,code=sm_80", "90a": "arch=compute_90a,code=sm_90a", "100": "arch=compute_100,code=[sm_100,compute_100]"}
+GENCODES = [f"-gencode={CHIPS[name]}" for name in os.environ.get("DISTILL_KERNELS_CHIPS", " ".join(CHIPS)).split()]
 cuda = Extension(
     "distill_kernels._cuda",
     sources=["csrc/cuda/bindings.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
     include_dirs=[get_include()],
     define_macros=[("DK_MODULE", "_cuda")],
-    extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-gencode={chip}" for chip in CHIPS)],
-    extra_link_args=["-shared", "-cudart=static", *(f"-gencode={chip}" for chip in CHIPS)],
+    extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *GENCODES],
+    extra_link_args=["-shared", "-cudart=static", *GENCODES],
     depends=headers("cuda", "generated"),
 )
 CUDA, CUDA_HOME = os.environ.get("DISTILL_KERNELS_CUDA"), os.environ.get("CUDA_HOME")
 candidates = [*([f"{CUDA_HOME}/bin/nvcc"] if CUDA_HOME else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
 NVCC = next(filter(None, map(shutil.which, candidates)), None) if CUDA != "0" else None
-if NVCC is None and CUDA == "required":
+if NVCC is None and CUDA in ("required", "only"):
     raise SystemExit(f"distill_kernels: the CUDA kernels are required, and there is no nvcc ({', '.join(candidates)})")
 MISSING = {
     native.name: "CPU kernels could not be built ({}).\nThe installation goes on and will run on the torch backend. For the native one, "
@@ -64,7 +66,7 @@ class BuildExtensions(build_ext):
         try:
             self.build_cuda() if extension is cuda else super().build_extension(extension)
         except (CCompilerError, ExecError, PlatformError) as error:
-            if os.environ.get("DISTILL_KERNELS_REQUIRE_NATIVE") or (extension is cuda and CUDA == "required"):
+            if os.environ.get("DISTILL_KERNELS_REQUIRE_NATIVE") or (extension is cuda and CUDA in ("required", "only")):
                 raise
             print(f"\ndistill_kernels: the compiled {MISSING[extension.name].format(error)}\n", file=sys.stderr)
             extension.optional = True  # so that nothing looks for the library that was not made
@@ -87,4 +89,5 @@ class BuildExtensions(build_ext):
         self.spawn([NVCC, *host, *cuda.extra_link_args, *objects, "-o", str(library)])
 
 
-setup(ext_modules=[native, cuda] if NVCC else [native], cmdclass={"build_ext": BuildExtensions})
+extensions = [cuda] if CUDA == "only" else [native, cuda] if NVCC else [native]
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})
