@@ -135,7 +135,9 @@ def built(name, sources, csrc, sanitizer, compiled, linked):
 
 
 def module(csrc=ROOT / "csrc"):
-    """The extension of these sources, for the emulation."""
+    """The extension of these sources, for the emulation. Not where there is a GPU: whoever tests there means the GPU."""
+    if torch.cuda.is_available():
+        pytest.fail("there is a GPU, and no compiled extension for it: the emulation is not to stand in for it")
     pybind11 = require()
     sources = [csrc / "cuda" / "bindings.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
     include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-DDK_MODULE={MODULE}")

@@ -89,7 +89,9 @@ def interpreter() -> str:
     """A Python of the version that the bundle is for, with its headers."""
     candidates = [os.environ.get("PYTHON312"), shutil.which(f"python{PYTHON}")]
     candidates += [str(path) for path in Path.home().glob(f".pyenv/versions/{PYTHON}*/bin/python")]
-    asked = "import os, sys, sysconfig; print('{}.{}'.format(*sys.version_info), os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
+    asked = (
+        "import os, sys, sysconfig; print('{}.{}'.format(*sys.version_info), os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
+    )
     for candidate in filter(None, candidates):
         ran = subprocess.run([candidate, "-c", asked], capture_output=True, text=True)
         if ran.stdout.split() == [PYTHON, "True"]:

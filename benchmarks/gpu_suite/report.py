@@ -88,7 +88,8 @@ def table(records: Sequence[Record]) -> str:
             lines.append(f"  {r['case']:32} {r['verdict']:9} {_errors(r)}{r.get('why', '')}")
     lines += ["", "ceilings and row kernels"]
     lines += [f"  {r['what']:40} {_rate(r)}" for r in _of(records, "rate")]
-    head = f"{'ms':>9} {'÷products':>9} {'÷eager':>7} {'TFLOP/s':>8} {'of cuBLAS':>9} {'of copy':>8} {'MiB':>8} {'error':>8} {'MHz':>5} {'°C':>3}"
+    head = f"{'ms':>9} {'÷products':>9} {'÷eager':>7} {'TFLOP/s':>8} {'of cuBLAS':>9} {'of copy':>8} {'MiB':>8} {'error':>8}"
+    head += f" {'MHz':>5} {'°C':>3}"
     lines += ["", f"  {'comparison':26} {'variant':22} {head}"]
     for r in timings(records):
         figures = [

@@ -157,7 +157,7 @@ class Run:
 def run_stage(stage: Stage) -> None:
     """In the process of a stage."""
     module, function = stage.run.split(":")
-    work = getattr(importlib.import_module(module if "." in module else f"benchmarks.gpu_suite.work.{module}"), function)
+    work = getattr(importlib.import_module(module), function)
     limit = sys.stdin.readline()
     if not limit:
         return  # whoever started it has gone

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+WORK = "benchmarks.gpu_suite.work"
 HEADLINE = "h8192-v128256-d2048-4096"
 # (tokens, vocabulary, student_dim, teacher_dim)
 SIZES = {
@@ -27,7 +28,7 @@ class Stage:
 
     name: str
     seconds: float  # most
-    run: str  # "module:function" of this folder
+    run: str  # "module:function"
     arguments: tuple = ()
     group: str = ""
 
@@ -88,28 +89,31 @@ def all_stages(dry: bool) -> list[Stage]:
     def stage_of(comparison: Comparison, only_warm: bool) -> Stage:
         arguments = (comparison, sizes[comparison.case], only_warm)
         if only_warm:
-            return Stage(f"warm: {comparison.name}", 45, "compare:compare", arguments, "warm")
-        return Stage(f"time: {comparison.name}", comparison.seconds, "compare:compare", arguments)
+            return Stage(f"warm: {comparison.name}", 45, f"{WORK}.compare:compare", arguments, "warm")
+        return Stage(f"time: {comparison.name}", comparison.seconds, f"{WORK}.compare:compare", arguments)
 
     def right_of(name: str, seconds: float, group: str) -> Stage:
         shape, chunks = DRY_RIGHT.get(name, DRY_RIGHT_ELSE) if dry else (RIGHT, CHUNKS)
-        return Stage(f"right: {name}", seconds, "right:right", (name, shape, chunks), group)
+        return Stage(f"right: {name}", seconds, f"{WORK}.right:right", (name, shape, chunks), group)
 
     # At a dry run's sizes all that differ by size, or by a cluster that is not there, are one.
     comparisons = [one for one in COMPARISONS if not (dry and one.case != HEADLINE and one.dtype == "bfloat16")]
     right_cuda = [name for name in RIGHT_CUDA if not (dry and name.endswith(("cluster 2", "cluster 4")))]
-    found = [Stage("machine", 20, "machine:machine")]
+    found = [Stage("machine", 20, f"{WORK}.machine:machine")]
     found += [stage_of(comparison, only_warm=True) for comparison in (comparisons[:1] if dry else comparisons)]
     found += [right_of(name, 30, "right: Triton") for name in RIGHT_TRITON]
     found += [right_of(name, 15, "right: CUDA") for name in right_cuda]
-    found += [Stage("ceilings", 20, "ceilings:ceilings", (dry,)), Stage("row kernels", 15, "ceilings:row_kernels", ("triton", dry))]
+    found += [
+        Stage("ceilings", 20, f"{WORK}.ceilings:ceilings", (dry,)),
+        Stage("row kernels", 15, f"{WORK}.ceilings:row_kernels", ("triton", dry)),
+    ]
     found += [stage_of(comparison, only_warm=False) for comparison in comparisons]
-    found += [Stage("row kernels: CUDA", 15, "ceilings:row_kernels", ("cuda", dry))]
+    found += [Stage("row kernels: CUDA", 15, f"{WORK}.ceilings:row_kernels", ("cuda", dry))]
     found += [stage_of(comparison, only_warm=False) for comparison in CUDA_COMPARISONS]
     processes = DRY_TEST_PROCESSES if dry else TEST_PROCESSES
     for title, files, seconds in (("Triton", TRITON_TESTS, 100), ("CUDA", CUDA_TESTS, 60)):
         found += [
-            Stage(f"tests: {title} {i + 1}", seconds, "own_tests:own_tests", (files, i, processes, dry), f"tests: {title}")
+            Stage(f"tests: {title} {i + 1}", seconds, f"{WORK}.own_tests:own_tests", (files, i, processes, dry), f"tests: {title}")
             for i in range(processes)
         ]
     return [replace(stage, seconds=DRY_SECONDS) for stage in found] if dry else found
@@ -118,9 +122,9 @@ def all_stages(dry: bool) -> list[Stage]:
 def profile_stages(dry: bool) -> list[Stage]:
     """The second use of a machine: what the counters say of the slowest kernels, and what the sanitizer says of CUDA C++."""
     sizes = TINY if dry else SIZES[HEADLINE]
-    found = [Stage("slowest kernels", 40, "profile:slowest", (sizes,)), Stage("counters", 80, "profile:counters", (sizes,))]
+    found = [Stage("slowest kernels", 40, f"{WORK}.profile:slowest", (sizes,)), Stage("counters", 80, f"{WORK}.profile:counters", (sizes,))]
     right = TINY if dry else (260, 5000, 256, 512)  # small: the sanitizer takes a hundred times as long
     return found + [
-        Stage(f"sanitizer: {tool}", 60, "profile:sanitized", (tool, right), "sanitizer")
+        Stage(f"sanitizer: {tool}", 60, f"{WORK}.profile:sanitized", (tool, right), "sanitizer")
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     ]

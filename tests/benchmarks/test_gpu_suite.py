@@ -1,95 +1,110 @@
-"""The GPU suite: run to its end at tiny sizes, its watchdog, and what it would do on a GPU."""
+"""The GPU suite: run to its end at tiny sizes, stages that go wrong, a disk that is full, and what it would do on a GPU."""
 
-import csv
 import json
-import math
 import os
+import resource
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
-import cuda_emulated
+import gpu_suite_faults
+from gpu_suite_faults import STAGES
 
-from benchmarks import cases
-from benchmarks.cases import Case
-from benchmarks.gpu_suite import case as gpu_case
-from benchmarks.gpu_suite import suite as gpu_suite
-from distill_kernels.backends.cuda import extension, launch
+from benchmarks.gpu_suite import report, runner, stages
+from benchmarks.gpu_suite.journal import Journal, read
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {"environment", "peaks", "rows", "tests", "tiny:bfloat16", "tiny:float32"}
+COMMAND = [sys.executable, "-m", "gpu_suite_faults"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+}
+OUTPUT = {"suite.jsonl", "report.txt", "report.png", "log.txt"}
 
 
-def suite(*arguments):
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # it sets that itself
+def suite(*arguments, **options):
     command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
-@pytest.mark.exhaustive
-def test_dry_run_runs_to_its_end(tmp_path):
+def rates(records):
+    return {record["what"]: record["gbps"] for record in records if record["kind"] == "rate"}
+
+
+def ends(records):
+    return {record["stage"]: record["ended"] for record in records if record["kind"] == "stage"}
+
+
+def test_dry_run_goes_through_every_stage(tmp_path):
     made = suite(tmp_path, "--dry-run")
     assert made.returncode == 0, made.stdout + made.stderr
-    found = json.loads((tmp_path / "suite.json").read_text())
-    assert set(found["stages"]) == STAGES and found["dry_run"] is True
-    assert found["stages"]["tests"]["passed"] == found["stages"]["tests"]["collected"] > 0
-    assert "passed" in (tmp_path / "tests.txt").read_text()
-    rows = list(csv.DictReader((tmp_path / "latency.csv").open()))
-    ours = [row for row in rows if row["variant"] == "ours"]
-    assert {(row["dtype"], row["direction"]) for row in ours} == {
-        (d, w) for d in ("bfloat16", "float32") for w in ("forward", "forward+backward")
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUT
+    records = read(tmp_path / "suite.jsonl")
+    assert ends(records) == {stage.name: "done" for stage in stages.all_stages(dry=True)}
+    verdicts = [record for record in records if record["kind"] == "verdict"]
+    right = {record["case"]: record for record in verdicts if "comparison" not in record}
+    assert {name: right[name]["verdict"] for name in stages.RIGHT_TRITON} == dict.fromkeys(stages.RIGHT_TRITON, "PASS")
+    assert right["triton chunked"]["chunks"] >= stages.CHUNKS and right["triton chunked"]["row_error"] > 0
+    assert all("finds no GPU" in record["why"] for name, record in right.items() if name.startswith("cuda"))
+    passed = {(record["comparison"], record["variant"]) for record in verdicts if record["verdict"] == "PASS"}
+    for comparison in stages.all_stages(dry=True):
+        if comparison.name.startswith("time: ") and "CUDA" not in comparison.name:
+            assert (comparison.name.removeprefix("time: "), comparison.arguments[0].variants[0]) in passed
+    times = [record for record in records if record["kind"] == "time"]
+    # What was timed was found right before, at the same size.
+    assert {(record["comparison"], record["variant"]) for record in times if record["variant"] != "products"} == passed
+    assert all(record["milliseconds"] > 0 and record["to_products"] > 0 for record in times)
+    tests = [record for record in records if record["kind"] == "test"]
+    assert {record["outcome"] for record in tests} == {"passed"} and {record["test"].split("/")[2] for record in tests} == {
+        "triton",
+        "cuda",
     }
-    for row in ours:
-        assert math.isfinite(float(row["milliseconds"])) and float(row["to_products"]) > 0
-        if row["direction"] == "forward+backward":
-            assert float(row["error"]) < (1e-2 if row["dtype"] == "bfloat16" else 1e-5)
-    assert {"products", "eager", "ours, 8% of columns", "ours (cross entropy)"} <= {row["variant"] for row in rows}
-    peaks = found["stages"]["peaks"]
-    for row in rows:
-        assert float(row["of_cublas"]) == pytest.approx(float(row["tflops"]) / peaks[f"{row['dtype']}_tflops"], rel=1e-4)
-        assert float(row["of_copy"]) == pytest.approx(float(row["gbps"]) / peaks["copy_gbps"], rel=1e-4)
-        if "%" in row["variant"]:
-            assert 0 < float(row["least"]) <= float(row["error"]) <= float(row["bound"])
-    kernels = dict(found["stages"]["rows"])
-    assert isinstance(kernels.pop("cuda", None), str) or "cuda 4x300" in kernels  # why it cannot run, or what it reached
-    assert "triton 4x300" in kernels and all(kernel["of_copy"] > 0 for kernel in kernels.values())
-    assert " of cuBLAS of copy " in made.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"suite.json", "latency.csv", "tests.txt"}
+    for text in (made.stdout, (tmp_path / "report.txt").read_text()):
+        assert "nothing went wrong" in text and "of cuBLAS" in text and "Liger" in text
+    rows = {(row["comparison"], row["variant"]): row for row in report.timings(records)}
+    headline = rows["headline", "ours"]
+    (cublas,) = (record["tflops"] for record in records if record.get("what") == "products, bfloat16")
+    assert headline["of_cublas"] == pytest.approx(headline["tflops"] / cublas)
+    assert headline["to_eager"] == pytest.approx(headline["milliseconds"] / rows["headline", "eager"]["milliseconds"])
 
 
-def test_stage_that_hangs_is_killed_and_says_where(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", str(tmp_path), "--dry-run", "--stage", "tests", "--limit", "1"]
-    failure = gpu_suite.watched(command, 60, cwd=ROOT)
-    assert failure.startswith("exit code 1:") and "Timeout" in failure and "suite.py" in failure
-    assert not list(tmp_path.glob("*.stage"))
+def test_stages_that_go_wrong_cost_themselves_alone(tmp_path, capsys):
+    """Killed, hung, crashed, not compiled: what each had said is in the file, and all others' numbers, in the file and in the report."""
+    assert runner.run(list(STAGES.values()), tmp_path, COMMAND, ENVIRONMENT, minutes=3) == 1
+    records = read(tmp_path / "suite.jsonl")
+    assert rates(records) == {
+        "rate 10": 10.0, "before it hung": 1.0, "before it crashed": 2.0, "before it did not compile": 3.0, "rate 20": 20.0,
+        "rate 30": 30.0,
+    }  # fmt: skip
+    assert ends(records) == {
+        "first": "done", "hangs": "exit code 1", "hangs for good": "killed after 4 s", "crashes": "killed by SIGSEGV",
+        "killed": "killed by SIGKILL", "does not compile": "exit code 1", "one of two": "done", "other of two": "killed by SIGSEGV",
+        "last": "done",
+    }  # fmt: skip
+    said = {record["stage"]: record.get("said", "") for record in records if record["kind"] == "stage"}
+    assert "Timeout" in said["hangs"] and "in hangs" in said["hangs"]  # where it hung
+    assert "power of 2" in said["does not compile"]
+    printed = capsys.readouterr().out
+    for text in (printed, (tmp_path / "report.txt").read_text()):
+        assert all(f"{what} " in text for what in rates(records)) and "6 things went wrong" in text
 
 
-@pytest.mark.parametrize("end, failure", [("time.sleep(600)", "killed after 1 s"), ("os._exit(3)", "exit code 3: "), ("pass", None)])
-def test_what_a_stage_started_ends_with_it(end, failure, tmp_path, monkeypatch):
-    """As pytest's processes, which a stage starts: they would keep the GPU busy while what comes next is timed."""
-    program = f"""
-import os, pathlib, subprocess, sys, time
-quiet = subprocess.DEVNULL
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=quiet, stderr=quiet)
-pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
-{end}
-"""
-    communicate = subprocess.Popen.communicate
+def test_report_is_made_of_a_file_that_was_cut_off(tmp_path):
+    runner.run([STAGES["first"], STAGES["last"]], tmp_path, COMMAND, ENVIRONMENT, minutes=1)
+    whole = (tmp_path / "suite.jsonl").read_bytes()
+    (tmp_path / "report.txt").unlink()
+    (tmp_path / "suite.jsonl").write_bytes(whole[: whole.index(b"rate 30")])  # within a line
+    made = suite("--report", tmp_path / "suite.jsonl")
+    assert made.returncode == 0 and "rate 10" in made.stdout and "rate 30" not in made.stdout
+    assert (tmp_path / "report.txt").read_text() == made.stdout
 
-    def after_it_started(self, timeout):
-        while not (tmp_path / "pid").exists():
-            time.sleep(0.05)
-        return communicate(self, timeout=timeout - 5)  # not the time that a stage has to say where it hangs
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", after_it_started)
-    assert gpu_suite.watched([sys.executable, "-c", program], 1) == failure
+def test_what_a_stage_started_ends_with_it(tmp_path):
+    runner.run([gpu_suite_faults.stage(str(tmp_path / "pid"), gpu_suite_faults.good)], tmp_path, COMMAND, ENVIRONMENT, minutes=1)
     status = Path("/proc", (tmp_path / "pid").read_text(), "status")
     for _ in range(100):
         if not status.exists() or "State:\tZ" in status.read_text():
@@ -98,156 +113,66 @@ pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
     raise AssertionError("it still runs")
 
 
-def test_suite_without_time_reports_what_it_left_out(tmp_path):
-    made = suite(tmp_path, "--dry-run", "--minutes", "0.01")
-    assert made.returncode == 1
-    found = json.loads((tmp_path / "suite.json").read_text()) if (tmp_path / "suite.json").exists() else None
-    assert found is not None and all(result == {"failed": "no time left"} for result in found["stages"].values())
+def test_stage_for_which_no_time_is_left_says_so(tmp_path):
+    assert runner.run([STAGES["first"]], tmp_path, COMMAND, ENVIRONMENT, minutes=0.05) == 1
+    assert ends(read(tmp_path / "suite.jsonl")) == {"first": "no time left"}
 
 
-# A case in this process, with losses of torch alone.
-
-FEW = Case("few", 8, 50, 6, 10)
-
-
-def run_case(monkeypatch, found, report=lambda rows: None):
-    plain = dict.fromkeys(("ours", "eager", "torch backend"), gpu_case.Variant(cases.eager))
-    monkeypatch.setattr(gpu_case, "variants", lambda: plain | found)
-    gpu_case.run_case(FEW, torch.float32, 0.1, report)
+def test_what_a_full_disk_refused_is_in_the_report(tmp_path, capsys):
+    (tmp_path / "suite.jsonl").symlink_to("/dev/full")
+    assert runner.run([STAGES["first"], STAGES["last"]], tmp_path, COMMAND, ENVIRONMENT, minutes=1) == 1
+    printed = capsys.readouterr().out
+    assert "rate 10 " in printed and "rate 30 " in printed and "is not whole: [Errno 28] No space left on device" in printed
 
 
-def test_case_that_is_killed_leaves_what_it_had_measured(tmp_path, monkeypatch):
-    calls = []
-
-    def hangs(*tensors):
-        calls.append(1)
-        if len(calls) > 5:  # gate, twice for memory, two rounds
-            raise KeyboardInterrupt
-        return cases.eager(*tensors)
-
-    path = tmp_path / "a.stage"
-    with pytest.raises(KeyboardInterrupt):
-        run_case(monkeypatch, {"late": gpu_case.Variant(hangs)}, lambda rows: gpu_suite.leave({"rows": rows}, path))
-    rows = json.loads(path.read_text())["rows"]
-    assert {path.name for path in tmp_path.iterdir()} == {"a.stage"}
-    assert {row["variant"]: row["rounds"] for row in rows if "milliseconds" in row} == dict.fromkeys(
-        ("products", "ours", "eager", "torch backend", "late"), 2
-    )
-    assert {row["failed"] for row in rows if row["direction"] == "forward"} == {"not reached"}
+def test_what_a_full_disk_refused_is_written_once_there_is_room(tmp_path):
+    journal = Journal(tmp_path / "suite.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a disk with room for a line and a part of one
+        for number in range(4):
+            journal.add({"kind": "rate", "what": f"rate {number}", "gbps": 1.0, "padding": "." * 20})
+        assert journal.refused is not None and len(read(journal.path)) == 1 and journal.path.stat().st_size == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.add({"kind": "rate", "what": "rate 4", "gbps": float("inf")})
+    assert journal.refused is None and [record["what"] for record in read(journal.path)] == [f"rate {i}" for i in range(5)]
+    assert json.loads(journal.path.read_bytes().splitlines()[-1])["gbps"] == "inf"
 
 
-def test_suite_keeps_what_a_killed_case_had_measured(tmp_path, monkeypatch):
-    named = {"case": "tiny", "dtype": "float32", "direction": "forward", "variant": "ours"}
-    row = named | {"milliseconds": 1.0, "tflops": 3.0, "peak_mib": 1.0}
-
-    def killed(command, limit, **options):
-        name = command[command.index("--stage") + 1]
-        result = {"float32_tflops": 4.0, "copy_gbps": 1.0} if name == "peaks" else {"rows": [row, row | {"variant": "eager"}]}
-        gpu_suite.leave(result, gpu_suite.stage_file(name, tmp_path))
-        return None if name == "peaks" else "killed after 60 s"
-
-    monkeypatch.setattr(gpu_suite, "watched", killed)
-    monkeypatch.setattr(gpu_suite, "stages", lambda dry: {"peaks": 60, "tiny:float32": 60})
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", str(tmp_path), "--dry-run"])
-    assert gpu_suite.main() == 1
-    kept = json.loads((tmp_path / "suite.json").read_text())["stages"]["tiny:float32"]
-    assert kept["failed"] == "killed after 60 s" and [r["of_cublas"] for r in kept["rows"]] == [0.75, 0.75]
-    assert len(list(csv.DictReader((tmp_path / "latency.csv").open()))) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"suite.json", "latency.csv"}
+@pytest.mark.parametrize(
+    "machine, without_cuda, word",
+    [
+        ({"gpu": None, "extension": "loaded"}, False, "finds no GPU"),
+        ({"gpu": "one", "extension": "no module"}, False, "make gpu-bundle"),
+        ({"gpu": "one", "extension": "no module"}, True, None),
+        ({"gpu": "one", "extension": "loaded"}, False, None),
+    ],
+)
+def test_suite_stops_where_what_it_needs_is_missing(machine, without_cuda, word):
+    why = runner.why_stop(False, without_cuda)([{"kind": "machine", **machine}])
+    assert why is None if word is None else word in why
+    assert runner.why_stop(True, without_cuda)([{"kind": "machine", **machine}]) is None
 
 
-def test_what_is_timed_has_been_compiled_for_its_shape_and_no_other(monkeypatch):
-    seen = []
-
-    def recorded(*tensors):
-        seen.append(len(tensors[0]))
-        return cases.eager(*tensors)
-
-    monkeypatch.setattr(gpu_case, "GATE_TOKENS", 4)
-    monkeypatch.setattr(torch.compiler, "reset", lambda: seen.append("reset"))
-    monkeypatch.setattr(gpu_case, "interleaved", lambda *args, **options: seen.append("timed"))
-    run_case(monkeypatch, {"compiled": gpu_case.Variant(recorded)})
-    assert seen[: seen.index("timed")] == [4, "reset", 8, 8]
+def test_stop_ends_the_run_and_is_in_the_report(tmp_path):
+    asked = []
+    stop = lambda records: asked.append(1) or "of a reason"  # noqa: E731
+    assert runner.run([STAGES["first"], STAGES["last"]], tmp_path, COMMAND, ENVIRONMENT, 1, stop) == 1
+    assert rates(read(tmp_path / "suite.jsonl")) == {"rate 10": 10.0} and asked == [1]
+    assert "stopped: of a reason" in (tmp_path / "report.txt").read_text()
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    monkeypatch.setattr(gpu_case, "has_gpu", lambda: True)
-
-
-def test_torch_compile_is_asked_for_a_graph_of_fixed_shapes(monkeypatch, on_gpu):
-    asked = {}
-    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
-    assert "compiled" in gpu_case.variants() and asked == {"dynamic": False}
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_liger_is_run_as_its_users_run_it_on_a_gpu_only(there, monkeypatch):
-    asked = {}
-    module = types.ModuleType("liger_kernel.chunked_loss")
-    module.LigerFusedLinearJSDLoss = lambda **options: asked.update(options)
-    for name in ("liger_kernel", "liger_kernel.chunked_loss"):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
-    monkeypatch.setattr(gpu_case, "has_gpu", lambda: there)
-    assert "liger" in gpu_case.peers() and asked["compiled"] is there
-    cases.peers()
-    assert asked["compiled"] is False
-
-
-def test_variants_have_the_flops_and_bytes_of_what_they_make():
-    n, v, s, t = FEW.tokens, FEW.vocabulary, FEW.student_dim, FEW.teacher_dim
-    found = gpu_case.variants()
-    assert found["ours"].flops(FEW, True) == FEW.product_flops and found["ours"].flops(FEW, False) == FEW.forward_flops
-    assert found["ours (cross entropy)"].flops(FEW, True) == 6 * n * v * s
-    assert found["ours, 8% of columns"].flops(FEW, True) == pytest.approx(2 * n * v * (s + t + 0.16 * s))
-    assert found["ours"].bytes(FEW, True, 2) == 2 * (n + v) * (2 * s + t) and found["ours"].bytes(FEW, False, 4) == 4 * (n + v) * (s + t)
-    assert found["ours (cross entropy)"].bytes(FEW, True, 2) == 2 * (n + v) * 2 * s
-
-
-@pytest.mark.parametrize("factor", [0.05, 3.0])
-def test_estimate_that_errs_otherwise_than_it_predicts_is_not_timed(factor, monkeypatch):
-    rows = []
-    biased = gpu_case.Variant(lambda *tensors: cases.eager(*tensors) * (1 + factor), predicted=lambda *tensors: 0.5)
-    run_case(monkeypatch, {"biased": biased}, lambda made: rows.__setitem__(slice(None), made))
-    assert {row["variant"]: row.get("failed") for row in rows if row["direction"] == "forward+backward"} == {
-        "products": None, "ours": None, "eager": None, "torch backend": None, "biased": "wrong gradients",
-    }  # fmt: skip
-
-
-@pytest.mark.exhaustive
-def test_test_stage_takes_every_test_of_both_backends():
-    def collected(*arguments):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", *arguments]
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-        return {line for line in listed.splitlines() if "::" in line}
-
-    of_backends = collected(*(name for name in gpu_suite.TEST_FILES if "triton" in name or "cuda" in name))
-    chosen = collected("-k", gpu_suite.TESTS, *gpu_suite.TEST_FILES)
-    sampled = chosen - of_backends
-    assert of_backends < chosen and all("triton]" in name or name.endswith("test_every_backend_keeps_the_same_columns") for name in sampled)
-    assert len(sampled) >= 10
-
-
-def test_rows_of_both_backends_are_timed_side_by_side_where_cuda_can_run(monkeypatch):
-    monkeypatch.setattr(extension, "kernels", None)
-    assert set(gpu_suite.rows(dry=True)) == {"cuda", "triton 4x300"} and "ours, cuda" not in gpu_case.variants()
-    monkeypatch.setattr(extension, "kernels", cuda_emulated.module())
-    launch.limits.cache_clear()
-    found = gpu_suite.rows(dry=True)
-    launch.limits.cache_clear()
-    assert set(found) == {"triton 4x300", "cuda 4x300"} and all(row["gbps"] > 0 for row in found.values())
-    # Each logit of both models twice, or once by a kernel whose shared memory has room for 300; dz of two bytes.
-    assert [found[f"{name} 4x300"]["bytes"] for name in ("triton", "cuda")] == [4 * 300 * 18, 4 * 300 * 10]
-    variants = gpu_case.variants()
-    assert variants["ours, cuda"].flops(FEW, True) == FEW.product_flops
-    assert variants["ours, cuda, 8% of columns"].flops(FEW, True) == variants["ours, 8% of columns"].flops(FEW, True)
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_cuda_is_timed_without_gradients_too_where_it_can_run(there, monkeypatch):
-    rows = []
-    found = {"ours, cuda": gpu_case.Variant(cases.eager)} if there else {}
-    run_case(monkeypatch, found, lambda made: rows.__setitem__(slice(None), made))
-    timed = {row["variant"] for row in rows if row["direction"] == "forward" and row["milliseconds"] > 0}
-    assert timed == {"products", "ours", "eager", *found}
+def test_full_list_is_within_its_minutes_where_nothing_goes_wrong():
+    """By the limits' halves, which is what stages are expected to take; and CUDA C++ comes after all of Triton's of its kind."""
+    order, seconds = [], 0.0
+    for stage in stages.all_stages(dry=False):
+        name = stage.group or stage.name
+        if name not in order:
+            order.append(name)
+            seconds += stage.seconds / 2
+    assert seconds < runner.MINUTES * 60
+    assert order.index("right: Triton") < order.index("right: CUDA") < order.index("ceilings") < order.index("time: headline")
+    assert max(order.index(f"time: {one.name}") for one in stages.COMPARISONS) < order.index("time: CUDA C++")
+    assert order[-2:] == ["tests: Triton", "tests: CUDA"]
+    assert all(Path(ROOT, name).exists() for name in (*stages.TRITON_TESTS, *stages.CUDA_TESTS))

@@ -468,7 +468,6 @@ def check_stats(inputs, *, backend, **options):
     loss, stats = stats_of(inputs, backend=backend, **options)
     plain = {"kd_weight", "ce_weight", "z_loss_weight", "token_weight", "num_items", "temperature_squared", "reduction", "workspace_mib"}
     terms = {name: value for name, value in options.items() if name not in plain}
-    biases = {"student_bias": inputs.student_bias, "teacher_bias": inputs.teacher_bias}
     eager = eager_stats(inputs, **terms)
     wide = inputs.to(torch.float64)
     _, truth = reference.distillation_terms(*wide[:4], student_bias=wide.student_bias, teacher_bias=wide.teacher_bias, **terms)

@@ -1,5 +1,7 @@
 """What the machine reaches in a copy and in large products, and the row kernels beside the copy."""
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.gpu_suite.journal import emit
@@ -17,16 +19,18 @@ def ceilings(dry: bool) -> None:
     """TFLOP/s of products and GB/s of a copy, of random data: zeros are faster, and nobody has them."""
     size, count = (256, 2**16) if dry else (8192, 2**30)
     budget = 0.1 if dry else 1.5
-    source = torch.randn(count, device=device())
-    target = torch.empty_like(source)
-    target.copy_(source)
-    _, median, _ = quartiles(in_turns({"copy": lambda: target.copy_(source)}, budget)["copy"])
+
+    def median_of(step: Callable) -> float:
+        step()
+        _, median, _ = quartiles(in_turns({"": step}, budget)[""])
+        return median
+
+    source, target = torch.randn(count, device=device()), torch.empty(count, device=device())
+    median = median_of(lambda: target.copy_(source))
     emit(kind="rate", what="copy", gbps=2 * source.nbytes / median / 1e9, seconds=median, **card())  # read and written
-    del source, target
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
-        a @ b
-        _, median, _ = quartiles(in_turns({"product": lambda a=a, b=b: a @ b}, budget)["product"])
+        median = median_of(lambda a=a, b=b: a @ b)
         emit(kind="rate", what=f"products, {name_of(dtype)}", tflops=2 * size**3 / median / 1e12, seconds=median, **card())
 
 

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import cases
 from benchmarks.gpu_suite.journal import emit
+from benchmarks.gpu_suite.stages import Comparison
 from benchmarks.gpu_suite.work.machine import MOST_ROUNDS, card, device, has_gpu, in_turns, name_of, quartiles
 from benchmarks.gpu_suite.work.right import estimate, multiplies_16_bits
-from benchmarks.gpu_suite.stages import Comparison
 from benchmarks.gpu_suite.work.variants import Variant, variant
 from benchmarks.gpu_suite.work.verdicts import OTHERS, OURS, Bounds, verdict
 from distill_kernels.call import worthwhile

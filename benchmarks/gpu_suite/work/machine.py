@@ -90,7 +90,10 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 
 
 def in_turns(
-    steps: dict[str, Callable], budget: float, each: Callable[[dict[str, list[float]]], None] = lambda samples: None, most: int = MOST_ROUNDS
+    steps: dict[str, Callable],
+    budget: float,
+    each: Callable[[dict[str, list[float]]], None] = lambda samples: None,
+    most: int = MOST_ROUNDS,
 ) -> dict[str, list[float]]:
     """Seconds of every step, each in its turn, for `budget` seconds but LEAST_ROUNDS at least. `each` gets them after the first round, the
     third and the last, so that a stage which is cut off has said something."""

@@ -16,6 +16,7 @@ PLUGIN = "benchmarks.gpu_suite.work.pytest_plugin"
 CHOSEN = "triton or cuda or every_backend"
 DRY_CHOSEN = "(test_divergence_alone and forward_kl and triton) or (test_stats_match_reference and plain and forward_kl)"
 TEST_SECONDS = 40  # of one test: compiling is most of it
+SAID = 6000  # characters of the last words: where a test hung comes before who called it
 
 
 def own_tests(files: tuple[str, ...], share: int, shares: int, dry: bool) -> None:
@@ -52,4 +53,4 @@ def one_process(files: tuple[str, ...], share: int, shares: int, dry: bool, done
                     emit(**record)
         code = child.wait()
         printed.seek(0)
-        return results, code, printed.read()[-1500:]
+        return results, code, printed.read()[-SAID:]

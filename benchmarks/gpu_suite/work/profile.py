@@ -1,7 +1,7 @@
 """What the counters say of the slowest kernels of a step, and what the sanitizer says of the kernels in CUDA C++.
 
-    python -m benchmarks.gpu_suite.work.profile step 8192 128256 2048 4096      # what ncu looks at: two steps of the loss
-    python -m benchmarks.gpu_suite.work.profile small 260 5000 256 512          # what compute-sanitizer looks at
+python -m benchmarks.gpu_suite.work.profile step 8192 128256 2048 4096      # what ncu looks at: two steps of the loss
+python -m benchmarks.gpu_suite.work.profile small 260 5000 256 512          # what compute-sanitizer looks at
 """
 
 import csv

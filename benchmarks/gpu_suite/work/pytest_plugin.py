@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu_suite.journal import emit
 
 ASKED = json.loads(os.environ["GPU_SUITE_TESTS"])
+STDERR = os.fdopen(os.dup(2), "w")  # before pytest captures it: where a test hangs is to be seen
 LOST = 86  # exit code of a process that can no longer use the GPU
 
 
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     emit(kind="test started", test=nodeid)
-    faulthandler.dump_traceback_later(ASKED["seconds"], exit=True)
+    faulthandler.dump_traceback_later(ASKED["seconds"], exit=True, file=STDERR)
 
 
 _outcomes: dict[str, tuple[str, float, str]] = {}

@@ -26,7 +26,8 @@ MODELS = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"
 
 
 def right(name: str, sizes: Sizes, least_chunks: int) -> None:
-    """name: "BACKEND chunked" or "columns" (loss and both gradients) or "BACKEND sweep" (value alone), then after commas what is special."""
+    """name: "BACKEND chunked" or "BACKEND columns" (loss, both gradients) or "BACKEND sweep" (value alone); after commas, what is special.
+    """
     way, *special = name.split(", ")
     backend, kind = way.split(" ")
     dtype = torch.float32 if "float32" in special or not multiplies_16_bits() else torch.bfloat16
@@ -66,7 +67,10 @@ def problem_of(sizes: Sizes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator)
 
     made = {"student_hidden": normal(tokens, student_dim), "student_weight": normal(vocabulary, student_dim) * STEEPNESS / student_dim**0.5}
-    made |= {"teacher_hidden": normal(tokens, teacher_dim), "teacher_weight": normal(vocabulary, teacher_dim) * STEEPNESS / teacher_dim**0.5}
+    made |= {
+        "teacher_hidden": normal(tokens, teacher_dim),
+        "teacher_weight": normal(vocabulary, teacher_dim) * STEEPNESS / teacher_dim**0.5,
+    }
     return {key: value.to(device(), dtype) for key, value in made.items()}
 
 
