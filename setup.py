@@ -1,8 +1,7 @@
 """Builds the CPU extension, and the CUDA one where there is nvcc, beside the Python packages; everything declarative is in pyproject.toml.
 
-Without a C++ compiler the installation still works, on the torch backend: the failure is reported in a sentence, not raised. Set
-DISTILL_KERNELS_REQUIRE_NATIVE=1 to have it raised; DISTILL_KERNELS_CUDA=0 leaves out CUDA, "required" has its lack raised, and "only"
-builds nothing else. DISTILL_KERNELS_CHIPS names some of CHIPS, with spaces between them, where not all are wanted.
+Without a C++ compiler the installation still works, on the torch backend, and says so in a sentence; DISTILL_KERNELS_REQUIRE_NATIVE=1 has
+the failure raised. DISTILL_KERNELS_CUDA: 0 leaves out CUDA, "required" has its lack raised, "only" builds it alone. CUDAARCHS: for which.
 """
 
 import os
@@ -37,7 +36,7 @@ native = Pybind11Extension(
 )
 # One binary for every chip: of each kind from 8.0 on machine code, and of the last what a later driver makes its own from.
 CHIPS = {"80": "arch=compute_80,code=sm_80", "90a": "arch=compute_90a,code=sm_90a", "100": "arch=compute_100,code=[sm_100,compute_100]"}
-GENCODES = [f"-gencode={CHIPS[name]}" for name in os.environ.get("DISTILL_KERNELS_CHIPS", " ".join(CHIPS)).split()]
+GENCODES = [f"-gencode={CHIPS[chip]}" for chip in os.environ.get("CUDAARCHS", ";".join(CHIPS)).split(";")]
 cuda = Extension(
     "distill_kernels._cuda",
     sources=["csrc/cuda/bindings.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
@@ -89,5 +88,5 @@ class BuildExtensions(build_ext):
         self.spawn([NVCC, *host, *cuda.extra_link_args, *objects, "-o", str(library)])
 
 
-extensions = [cuda] if CUDA == "only" else [native, cuda] if NVCC else [native]
+extensions = ([] if CUDA == "only" else [native]) + ([cuda] if NVCC else [])
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

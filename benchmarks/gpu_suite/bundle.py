@@ -109,7 +109,7 @@ def build(folder: Path = FOLDER) -> dict:
         _run(str(work / "bin" / "python"), "-m", "pip", "install", "--quiet", *BUILDERS)
     built = [str(work / "bin" / "python"), "setup.py", "--quiet", "build_ext"]
     built += ["--build-lib", str(folder), "--build-temp", str(work / "objects")]
-    _run(*built, DISTILL_KERNELS_CUDA="only", DISTILL_KERNELS_CHIPS=CHIP)
+    _run(*built, DISTILL_KERNELS_CUDA="only", CUDAARCHS=CHIP)
     extension = extension_in(folder)
     if extension is None:
         raise SystemExit("setup.py built no extension")

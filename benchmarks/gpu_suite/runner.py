@@ -31,6 +31,7 @@ MINUTES, PROFILE_MINUTES = 7.0, 4.0
 LEAST_SECONDS = 4.0  # a stage with less is not started
 GRACE = 2.0  # after its limit, in which a stage can still say where it hangs
 SAID = 1500  # characters of a failed stage's last words
+JOURNAL = "suite.jsonl"
 CORES = os.cpu_count() or 1
 
 
@@ -96,7 +97,7 @@ class Run:
     """One use of a machine: its journal, its log, its clock."""
 
     def __init__(self, out: Path, command: Sequence[str], environment: dict[str, str], minutes: float):
-        self.journal, self.log = Journal(out / "suite.jsonl"), out / "log.txt"
+        self.journal, self.log = Journal(out / JOURNAL), out / "log.txt"
         self._command, self._environment = command, environment
         self._begin = time.monotonic()
         self._end = self._begin + minutes * 60
@@ -200,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.out is None:
         parser.error("a folder for the results is wanted")
+    if (given.out / JOURNAL).exists():
+        parser.error(f"{given.out / JOURNAL} is of another run; name another folder, or remove it")
     if (why := bundle.why_outdated()) is not None:
         parser.error(why)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of what ends the children

@@ -103,6 +103,12 @@ def test_report_is_made_of_a_file_that_was_cut_off(tmp_path):
     assert (tmp_path / "report.txt").read_text() == made.stdout
 
 
+def test_results_of_another_run_are_left_alone(tmp_path):
+    (tmp_path / "suite.jsonl").write_text("{}")
+    made = suite(tmp_path, "--dry-run")
+    assert made.returncode == 2 and "of another run" in made.stderr and (tmp_path / "suite.jsonl").read_text() == "{}"
+
+
 def test_what_a_stage_started_ends_with_it(tmp_path):
     runner.run([gpu_suite_faults.stage(str(tmp_path / "pid"), gpu_suite_faults.good)], tmp_path, COMMAND, ENVIRONMENT, minutes=1)
     status = Path("/proc", (tmp_path / "pid").read_text(), "status")
