@@ -16,7 +16,7 @@ TINY = (3, 130, 16, 24)  # what a dry run makes of every one of them
 RIGHT = (1025, 32024, 2048, 4096)  # more steps than any ring of buffers has places
 CHUNKS = 3  # at least, of what is right or not: what a chunk leaves to the next, and a last one that is not full
 # What a dry run makes of RIGHT. It is in an interpreter: one way alone is in chunks there, of a MiB.
-DRY_RIGHT = {"triton chunked": ((11, 16000, 8, 8), CHUNKS)}
+DRY_RIGHT = {"triton chunked": ((9, 32024, 8, 8), CHUNKS)}
 DRY_RIGHT_ELSE = (5, 200, 16, 32), 1
 DRY_SECONDS = 120.0  # of a stage, on whatever else a processor is busy with
 TEST_PROCESSES, DRY_TEST_PROCESSES = 12, 1
