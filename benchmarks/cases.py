@@ -17,7 +17,7 @@ from distill_kernels.api.measuring.loss_variants import eager as eager
 from distill_kernels.api.measuring.loss_variants import forward_backward as forward_backward
 from distill_kernels.api.measuring.loss_variants import gradient_error as gradient_error
 from distill_kernels.api.measuring.loss_variants import peers as peers
-from distill_kernels.api.models.backbone import load_causal_lm
+from distill_kernels.api.models.loading import load_causal_lm
 
 
 @dataclass(frozen=True)

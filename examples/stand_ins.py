@@ -1,6 +1,6 @@
 """A teacher, a student and rows of text for the loops of this folder: random models that read bytes, so that nothing has to be fetched.
 
-For real ones: `teacher, tokenizer = distill_kernels.api.models.backbone.load_causal_lm("models/teacher")`, and rows of its tokens.
+For real ones: `teacher, tokenizer = distill_kernels.api.models.loading.load_causal_lm("models/teacher")`, and rows of its tokens.
 """
 
 from pydoc_data.topics import topics

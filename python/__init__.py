@@ -15,7 +15,9 @@ from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.losses.presets import describe_preset, preset
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.measuring.diagnosis import doctor, plan
-from distill_kernels.api.models.backbone import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.models.architectures import register_architecture
+from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
+from distill_kernels.api.models.labels import next_token_labels
 from distill_kernels.api.trainers.trl_mixins import TRLDistillationMixin, TRLGKDMixin
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "plan",
     "prepare_head",
     "preset",
+    "register_architecture",
     "run_backbone",
     "selected_logprobs",
     "sparse_distillation_loss",

@@ -15,7 +15,7 @@ from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.cache.writing import CacheReport, write_teacher_cache
 from distill_kernels.api.command_line.arguments import Commands, add_command, device
 from distill_kernels.api.models import initial_models
-from distill_kernels.api.models.backbone import load_causal_lm
+from distill_kernels.api.models.loading import load_causal_lm
 from distill_kernels.api.runs import corpus
 from distill_kernels.api.user_error import UserError
 

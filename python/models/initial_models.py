@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill_kernels.api.models.backbone import load_causal_lm
+from distill_kernels.api.models.loading import load_causal_lm
 from distill_kernels.api.user_error import UserError
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def load(flag: str, path: Path, dtype: torch.dtype = torch.float32) -> "tuple[Pr
         raise UserError(f"{flag}: {error}") from error
 
 
-def load_pair(
-    teacher_path: Path | None, student_path: Path | None
-) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":
+def load_pair(teacher_path: Path | None, student_path: Path | None) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":
     """(frozen teacher, student, their tokenizer), the default teacher and a student cut from the teacher where there is no path."""
     silence_transformers()
     teacher, tokenizer = load("--teacher", teacher_path or default_teacher())
@@ -80,9 +78,7 @@ def check_tokenizers(teacher_tokenizer: "PreTrainedTokenizerBase", student_token
         )
 
 
-def check_length(
-    model: "PreTrainedModel", sequence_length: int, name: str = "the teacher", what: str = "--sequence-length"
-) -> None:
+def check_length(model: "PreTrainedModel", sequence_length: int, name: str = "the teacher", what: str = "--sequence-length") -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UserError(f"{what} {sequence_length} is longer than the {longest} tokens which {name} can read")

@@ -19,7 +19,8 @@ from distill_kernels.api.cache.reading import Tail, TeacherCache
 from distill_kernels.api.losses.distillation import distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
-from distill_kernels.api.models.backbone import BackboneOutput, next_token_labels, run_backbone
+from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
+from distill_kernels.api.models.labels import next_token_labels
 from distill_kernels.api.progress_bar import progress
 from distill_kernels.api.user_error import UserError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
-from distill_kernels.api.models.backbone import run_backbone, vocabulary_size
+from distill_kernels.api.models.backbone import check_model, run_backbone, vocabulary_size
 from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
 
 try:
@@ -93,7 +93,7 @@ class DistillationTrainer(Trainer):
         check_parallelism(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
-        self._check_vocabulary()
+        self._check_models()
         self._teacher_head: PreparedHead | None = None  # quantised, of a loss with `sweep`
         self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
 
@@ -113,8 +113,11 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device)
         return teacher.requires_grad_(False).eval()
 
-    def _check_vocabulary(self) -> None:
-        """Also that the library knows both models."""
+    def _check_models(self) -> None:
+        """That the library knows how both make logits, by running them on a few tokens, and that their vocabularies agree."""
+        for model in (self._student, self.teacher_model):
+            if model is not None:
+                check_model(model)
         student, teacher = vocabulary_size(self._student), None
         if self.teacher_model is not None:
             teacher = vocabulary_size(self.teacher_model)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from distill_kernels.api.cache.reading import CachedTeacher, TeacherCache
 from distill_kernels.api.losses.distillation import DistillationLoss, distillation_loss_and_stats
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
-from distill_kernels.api.models.backbone import next_token_labels, run_backbone
+from distill_kernels.api.models.backbone import run_backbone
+from distill_kernels.api.models.labels import next_token_labels
 
 IGNORED = -100
 Reduction = Literal["mean", "none"]

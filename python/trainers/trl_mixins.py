@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from distill_kernels.api.losses.distillation import DistillationLoss, distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.losses.presets import preset
-from distill_kernels.api.models.backbone import next_token_labels, run_backbone
+from distill_kernels.api.models.backbone import run_backbone
+from distill_kernels.api.models.labels import next_token_labels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ from cache_writer import contents
 
 from distill_kernels import TeacherCache
 from distill_kernels.api.command_line import main, parser
-from distill_kernels.api.models.backbone import load_causal_lm
+from distill_kernels.api.models.loading import load_causal_lm
 
 for package in ("transformers", "tqdm", "safetensors"):
     pytest.importorskip(package)

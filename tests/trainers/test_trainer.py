@@ -125,9 +125,10 @@ def test_bfloat16_is_autocast_of_both_models(tmp_path, monkeypatch):
         return results
 
     monkeypatch.setattr(whole_vocabulary, "run", recording)
+    trainer = distillation_trainer(tmp_path, student, teacher_model=teacher, **options)
     for model in (student, teacher):
         model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    got = trained(distillation_trainer(tmp_path, student, teacher_model=teacher, **options))
+    got = trained(trainer)
     assert set(seen) == {torch.bfloat16}
     for tensors, terms in calls:
         # The loss is of the bfloat16 states and heads as they are, in float32.
@@ -158,8 +159,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
     runs, calls = [], []
     for checkpointing in (False, True):
         student = make_student()
+        trainer = distillation_trainer(tmp_path, student, arguments_changes={"gradient_checkpointing": checkpointing})
         student.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs, key=checkpointing: calls.append(key))
-        runs.append(trained(distillation_trainer(tmp_path, student, arguments_changes={"gradient_checkpointing": checkpointing})))
+        runs.append(trained(trainer))
     assert calls.count(True) == 2 * calls.count(False) > 0
     assert_same_run(*runs)
 
