@@ -47,8 +47,8 @@ def full(student: nn.Module, teacher: nn.Module, input_ids: Tensor, labels: Tens
 
 def sampled(student: nn.Module, teacher: nn.Module, input_ids: Tensor, labels: Tensor, discount: float = 0.0) -> Tensor:
     with torch.no_grad():
-        log_p, _ = token_logprobs(**vars(run_backbone(teacher, input_ids=input_ids)), token_ids=labels)
-    log_q, _ = token_logprobs(**vars(run_backbone(student, input_ids=input_ids)), token_ids=labels)
+        log_p, _ = token_logprobs(**run_backbone(teacher, input_ids=input_ids).as_logits(), token_ids=labels)
+    log_q, _ = token_logprobs(**run_backbone(student, input_ids=input_ids).as_logits(), token_ids=labels)
     valid = labels != -100
     advantage = discounted(log_p - log_q.detach(), discount)
     advantage = torch.where(valid, advantage - advantage[valid].mean(), 0.0)

@@ -5,6 +5,7 @@ the model's own logits have the last word: a recipe that does not give them is r
 """
 
 import logging
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api.models.hidden_states import head_input, last_hidden_state
+from distill_kernels.api.models import auxiliary_losses
+from distill_kernels.api.models.hidden_states import body_output, head_input, last_hidden_state
 from distill_kernels.api.models.lm_head import Head
-from distill_kernels.api.models.measured_logits import LogitRecipe, best_fit
+from distill_kernels.api.models.measured_logits import Fit, LogitRecipe, best_fit, evaluating, few_tokens
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +160,7 @@ def _measure(model: Any, model_type: str, head: Head, known: Architecture | None
         raise NotImplementedError(
             f"run_backbone does not know how model_type {model_type!r} makes logits: {'; '.join(reasons)}. Please {_ADVICE}"
         )
+    _warn_of_losses_left_out(model, way, fit)
     found = Architecture(fit.recipe, way, None if known is None else known.head)
     if known is None:
         log.info("model_type %r makes logits as %s: measured, to %.0e of the largest of them", model_type, fit.recipe, fit.error)
@@ -165,6 +168,29 @@ def _measure(model: Any, model_type: str, head: Head, known: Architecture | None
     elif fit.recipe != known.recipe:
         log.warning("a model of type %r makes logits as %s, and not as %s, as others do", model_type, fit.recipe, known.recipe)
     return found
+
+
+def _warn_of_losses_left_out(model: Any, way: HiddenStates, fit: Fit) -> None:
+    """Words for what a model's own loss has beside cross entropy, where it is not among the auxiliary losses that are returned."""
+    returned = 0.0
+    if way is last_hidden_state and auxiliary_losses.names(model):
+        with torch.no_grad(), evaluating(model):
+            inputs = auxiliary_losses.request(model, {"input_ids": few_tokens(model)})
+            losses = auxiliary_losses.read(model, body_output(model, **inputs), inputs)
+        returned = sum(coefficient * float(value) for value, coefficient in losses.values())
+    # No more than rounding, of either way to shift labels.
+    if not fit.beside or min(abs(beside - returned) for beside in fit.beside) <= 1e-4 + 1e-3 * abs(returned):
+        return
+    left_out = fit.beside[0] - returned
+    advice = "training on distillation_loss leaves it out"
+    coefficient = getattr(model.config, "z_loss_coefficient", 0.0)
+    if abs(left_out - coefficient * fit.squared_logsumexp) <= 1e-3 * abs(left_out):
+        advice = f"it is z_loss_coefficient times the square of their log-sum-exp: pass z_loss_weight={coefficient:g} to have it"
+    warnings.warn(
+        f"the loss of {type(model).__name__} has {left_out:.3g} beside the cross entropy of its logits, on {fit.tokens} tokens, that "
+        f"run_backbone does not return; {advice}",
+        stacklevel=2,
+    )
 
 
 def _absent(model: nn.Module) -> bool:

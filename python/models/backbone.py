@@ -1,12 +1,15 @@
 """Hidden states and LM heads of Hugging Face causal language models, in the form distillation_loss takes. transformers is not imported."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distill_kernels.api.models import auxiliary_losses
 from distill_kernels.api.models.architectures import architecture_of, known_architecture
-from distill_kernels.api.models.hidden_states import last_hidden_state
+from distill_kernels.api.models.auxiliary_losses import AuxiliaryLoss
+from distill_kernels.api.models.hidden_states import body_output, last_hidden_state
 from distill_kernels.api.models.lm_head import Head, head_of, without_peft
 
 # Trainer and collators put these into a batch for the model's own loss, which is never computed here.
@@ -19,6 +22,9 @@ class BackboneOutput:
 
     hidden (B, S, D) comes after the final norm; weight (V, D) and bias (V,) or None are the LM head's own parameters; logit_scale
     is a float and softcap the cap of cap * tanh(logits / cap), or None.
+
+    auxiliary has what the model adds to its cross entropy, by name: `router_aux_loss`, by which a mixture of experts with
+    config.output_router_logits keeps its experts equally busy. It is not part of distillation_loss; add auxiliary_loss to that.
     """
 
     hidden: Tensor
@@ -26,14 +32,24 @@ class BackboneOutput:
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    auxiliary: Mapping[str, AuxiliaryLoss] = field(default_factory=dict)
+
+    @property
+    def auxiliary_loss(self) -> Tensor | float:
+        """The sum of coefficient * value, () float32; 0.0 where there is nothing to add."""
+        return sum((coefficient * value for value, coefficient in self.auxiliary.values()), 0.0)
+
+    def as_logits(self) -> dict[str, Any]:
+        """The keyword arguments of token_logprobs."""
+        return {name: getattr(self, name) for name in ("hidden", "weight", "bias", "logit_scale", "softcap")}
 
     def as_student(self) -> dict[str, Any]:
         """The student's keyword arguments of distillation_loss; gradients flow into hidden, weight and bias."""
-        return {f"student_{name}": value for name, value in vars(self).items()}
+        return {f"student_{name}": value for name, value in self.as_logits().items()}
 
     def as_teacher(self) -> dict[str, Any]:
         """The teacher's keyword arguments of distillation_loss; its tensors are detached and still share memory with the model."""
-        return {f"teacher_{name}": value.detach() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return {f"teacher_{name}": value.detach() if isinstance(value, Tensor) else value for name, value in self.as_logits().items()}
 
 
 def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
@@ -71,13 +87,25 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
         raise ValueError("the batch has logits_to_keep, but run_backbone returns every position; drop it and slice hidden instead")
     inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}
     architecture = architecture_of(parts.model, parts.head)
-    states = (architecture.hidden or last_hidden_state)(parts.model, **inputs)
-    return BackboneOutput(*parts.head.widened(states), *architecture.recipe.scale_and_softcap(parts.model.config))
+    auxiliary: Mapping[str, AuxiliaryLoss] = {}
+    if architecture.hidden in (None, last_hidden_state):
+        inputs = auxiliary_losses.request(parts.model, inputs)
+        output = body_output(parts.model, **inputs)
+        states, auxiliary = output.last_hidden_state, auxiliary_losses.read(parts.model, output, inputs)
+    else:
+        states = architecture.hidden(parts.model, **inputs)
+    scale_and_softcap = architecture.recipe.scale_and_softcap(parts.model.config)
+    return BackboneOutput(*parts.head.widened(states), *scale_and_softcap, auxiliary)
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the LM head, which may be more than the tokenizer has tokens; nothing is run. Raises TypeError as run_backbone does."""
     return _parts(model).head.weight.shape[0]
+
+
+def auxiliary_names(model: nn.Module) -> tuple[str, ...]:
+    """The keys of BackboneOutput.auxiliary, as the model is configured."""
+    return auxiliary_losses.names(without_peft(model))
 
 
 def check_model(model: nn.Module) -> None:

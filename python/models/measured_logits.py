@@ -5,6 +5,7 @@ small ones would not show, a scale that they would hide in rounding. The model i
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Fit:
     tolerance: float
     tried: int
     tokens: int
+    beside: tuple[float, ...]  # what the model's loss has beside cross entropy, if it shifts the labels and if it does not
+    squared_logsumexp: float  # the mean of these logits'
 
 
 def best_fit(model: Any, head: Head, hidden: Callable[..., Tensor], expected: LogitRecipe | None) -> Fit:
@@ -61,8 +64,8 @@ def best_fit(model: Any, head: Head, hidden: Callable[..., Tensor], expected: Lo
 
     Raises NotImplementedError where the model cannot be run on token ids alone, or has logits of another shape.
     """
-    input_ids = _tokens(model)
-    with torch.no_grad(), _evaluating(model):
+    input_ids = few_tokens(model)
+    with torch.no_grad(), evaluating(model):
         states = hidden(model, input_ids=input_ids)
         if states.shape != (*input_ids.shape, head.weight.shape[1]):
             raise NotImplementedError(
@@ -74,7 +77,7 @@ def best_fit(model: Any, head: Head, hidden: Callable[..., Tensor], expected: Lo
         some = weight[entries.to(weight.device)].double().cpu()
         offset = 0.0 if bias is None else bias[entries.to(bias.device)].double().cpu()
         factors = _powers_of_two(states.double().cpu()[0] @ some.T)
-        logits = _logits(model, input_ids, factors)
+        logits, loss = _logits_and_loss(model, input_ids, factors)
     if logits.shape != (*input_ids.shape, len(weight)):
         raise NotImplementedError(
             f"{type(model).__name__} makes logits of shape {tuple(logits.shape)} of {input_ids.shape[1]} tokens, wanted "
@@ -93,7 +96,9 @@ def best_fit(model: Any, head: Head, hidden: Callable[..., Tensor], expected: Lo
         if recipe == expected and tried[recipe] <= tolerance:
             break
     recipe = min(tried, key=lambda recipe: tried[recipe])  # the first of equals
-    return Fit(recipe, tried[recipe], tolerance, len(tried), input_ids.shape[1])
+    beside = () if loss is None else _beside_cross_entropy(logits, loss, input_ids)
+    squared_logsumexp = float(logits.float().logsumexp(-1).square().mean())
+    return Fit(recipe, tried[recipe], tolerance, len(tried), input_ids.shape[1], beside, squared_logsumexp)
 
 
 def _recipes(config: Any) -> Iterator[LogitRecipe]:
@@ -124,7 +129,7 @@ def _number(config: Any, value: float | str | None) -> float | None:
     return None if found is None else float(found)
 
 
-def _tokens(model: Any) -> Tensor:
+def few_tokens(model: Any) -> Tensor:
     """(1, 4): ids of ordinary tokens, none of which a configuration gives a meaning of its own, such as an image's."""
     embeddings = model.get_input_embeddings()
     config = model.config
@@ -144,8 +149,18 @@ def _powers_of_two(products: Tensor) -> Tensor:
     return (torch.tensor(AMPLITUDES[: len(largest)], dtype=torch.float64) / largest).log2().round().exp2()
 
 
-def _logits(model: Any, input_ids: Tensor, factors: Tensor) -> Tensor:
-    """(1, S, V): the model's own, of hidden states that are multiplied on their way into the LM head."""
+def _labels(input_ids: Tensor) -> Tensor:
+    """One: of the first token's logits, the smallest, or, in models that do not shift labels, of the second's."""
+    return torch.where(torch.arange(input_ids.shape[1], device=input_ids.device) == 1, input_ids, -100)
+
+
+def _beside_cross_entropy(logits: Tensor, loss: Tensor, input_ids: Tensor) -> tuple[float, ...]:
+    both = (nn.functional.cross_entropy(logits[0, place].float(), input_ids[0, 1].to(logits.device)) for place in (0, 1))
+    return tuple(float(loss - cross_entropy) for cross_entropy in both)
+
+
+def _logits_and_loss(model: Any, input_ids: Tensor, factors: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(1, S, V), the model's own, of hidden states that are multiplied on their way into the LM head, and its loss."""
     module, met = model.get_output_embeddings(), []
 
     def multiply(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -157,17 +172,17 @@ def _logits(model: Any, input_ids: Tensor, factors: Tensor) -> Tensor:
 
     hook = module.register_forward_pre_hook(multiply)
     try:
-        outputs = own_forward(model, input_ids=input_ids)
+        takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+        outputs = own_forward(model, input_ids=input_ids, **({"labels": _labels(input_ids)} if takes_labels else {}))
     finally:
         hook.remove()
     if len(met) != 1:
         raise NotImplementedError(f"{type(model).__name__} runs its LM head {len(met)} times for one batch, wanted once")
-    logits: Tensor = outputs.logits
-    return logits
+    return outputs.logits, getattr(outputs, "loss", None)
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout, and with outputs that have names; afterwards every module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     named = model.config.return_dict

@@ -182,15 +182,15 @@ def train(
     at_once: int | None = None,
     autocast: torch.dtype | None = None,
     **loss_options: Any,
-) -> Iterator[float]:
-    """Trains the student, one step for each loss that is taken from it.
+) -> Iterator[dict[str, float]]:
+    """Trains the student, one step for each dict that is taken from it: its loss, and beside it the auxiliary losses that are part of it.
 
     at_once: windows that are held at a time, None for all of a step's; the gradients of a step are those of all its windows together.
     """
     for rows in order:
         inputs = text.inputs(rows)
         num_items = int((labels_of(inputs) != -100).sum())
-        total: Tensor | float = 0.0
+        totals: dict[str, Tensor | float] = {}
         for part in torch.arange(len(rows)).split(at_once or len(rows)):
             some = {name: tensor[part] for name, tensor in inputs.items()}
             teacher = text.teacher(rows[part], some)
@@ -198,13 +198,16 @@ def train(
                 output = run_backbone(student, **some)
                 labels = labels_of(some)
                 loss = loss_for(teacher)(**output.as_student(), **teacher, labels=labels, num_items=num_items, **loss_options)
+                share = len(part) / len(rows)
+                loss = loss + share * output.auxiliary_loss
             loss.backward()
-            total += loss.detach()
+            terms = {"loss": loss, **{name: share * value for name, (value, _) in output.auxiliary.items()}}
+            totals = {name: totals.get(name, 0.0) + term.detach() for name, term in terms.items()}
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        yield float(total)
+        yield {name: float(total) for name, total in totals.items()}
 
 
 def train_and_evaluate(
@@ -222,7 +225,7 @@ def train_and_evaluate(
     autocast: torch.dtype | None = None,
     **loss_options: Any,
 ) -> Iterator[dict[str, float]]:
-    """Trains from step `done` on; says of every step {"step", "learning_rate", "loss"}, and what `evaluate` does after those of `marks`.
+    """Trains from step `done` on; says of every step {"step", "learning_rate"} and its losses, and what `evaluate` does after those of `marks`.
 
     Of step 0, the start, there is only the latter, and only if it is marked.
 
@@ -238,7 +241,7 @@ def train_and_evaluate(
     losses = train(student.train(), text, order[done:], optimizer, schedule, at_once=at_once, autocast=autocast, **loss_options)
     with progress(range(done + 1, len(order) + 1), title, total=len(order), initial=done) as bar:
         for step in bar:
-            record = {"step": step, "learning_rate": float(schedule.get_last_lr()[0]), "loss": next(losses)}
+            record = {"step": step, "learning_rate": float(schedule.get_last_lr()[0]), **next(losses)}
             if not math.isfinite(record["loss"]):
                 raise UserError(f"the loss of {title} is {record['loss']} at step {step}; pass a smaller --learning-rate")
             if step in marks:

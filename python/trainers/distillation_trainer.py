@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
-from distill_kernels.api.models.backbone import check_model, run_backbone, vocabulary_size
+from distill_kernels.api.models.backbone import auxiliary_names, check_model, run_backbone, vocabulary_size
 from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
 
 try:
@@ -38,6 +38,9 @@ class DistillationTrainer(Trainer):
     accumulation), and of all processes if `average_tokens_across_devices`; that of an evaluation is the mean over its tokens, however they
     are split into batches. Logged beside the loss, as means over tokens: kd (nats, without temperature² and weight), ce (nats),
     top1_agreement, student_entropy and teacher_entropy (nats); in evaluation with the prefix eval_.
+
+    What the student's own forward adds to its cross entropy, by which routers of experts are kept busy (config.output_router_logits), is
+    added with the model's coefficient, as the mean over the batches of a step and over processes, and logged without it: router_aux_loss.
 
     Args:
         model: the student; a PeftModel is taken, too (LoRA on the LM head is exact, and takes memory for a copy of the head).
@@ -118,6 +121,7 @@ class DistillationTrainer(Trainer):
         for model in (self._student, self.teacher_model):
             if model is not None:
                 check_model(model)
+        self.loss.auxiliary = auxiliary_names(self._student)
         student, teacher = vocabulary_size(self._student), None
         if self.teacher_model is not None:
             teacher = vocabulary_size(self.teacher_model)
@@ -162,11 +166,14 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, () float32; with return_outputs a dict without logits beside it."""
-        loss, rows = self._loss_and_rows(model, inputs, num_items_in_batch, "mean")
+        loss, rows, added = self._loss_and_rows(model, inputs, num_items_in_batch, "mean")
         if self._student.training:
             self._trained.add(rows)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # for gradients are averaged over processes
+        if num_items_in_batch is not None:
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # for gradients are averaged over processes
+            added = added / getattr(self, "current_gradient_accumulation_steps", 1)
+        loss = loss + added
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
@@ -175,8 +182,8 @@ class DistillationTrainer(Trainer):
         """(loss, logits, labels) of a batch. Logits, which only compute_metrics and predict() ask for, take a forward of their own."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            losses, rows = self._loss_and_rows(model, inputs, None, "none")
-        rows = torch.cat((losses.sum(-1, keepdim=True), rows), -1)
+            losses, rows, added = self._loss_and_rows(model, inputs, None, "none")
+        rows = torch.cat((losses.sum(-1, keepdim=True) + added * rows[:, -1:], rows), -1)
         self._evaluated.add(self.gather_function(rows))  # which leaves out the rows that made the last batch even over processes
         loss = rows[:, 0].sum() / rows[:, -1].sum().clamp(min=1)
         if prediction_loss_only:
@@ -195,26 +202,26 @@ class DistillationTrainer(Trainer):
         """Trainer's, with the loss and the metrics as means over all tokens instead of over batches."""
         self._evaluated.take()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = dict(zip(("loss", *self.loss.metrics), self._evaluated.take(), strict=False))
+        means = dict(zip(("loss", *self.loss.logged), self._evaluated.take(), strict=False))
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's; the loss of training steps is joined by the metrics of the same steps."""
         if "loss" in logs:
-            logs = {**logs, **dict(zip(self.loss.metrics, self._trained.take(self.accelerator), strict=False))}
+            logs = {**logs, **dict(zip(self.loss.logged, self._trained.take(self.accelerator), strict=False))}
         super().log(logs, start_time)
 
     def _loss_and_rows(
         self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None, reduction: Reduction
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, () or of each token (B, S), and sums over tokens for the metrics, (B, metrics + 1): by the forward of `model`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What TrainerLoss.forwards return, by the forward of `model`."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         batch = self._student_inputs(inputs)
         with self.accelerator.autocast():
             teacher = self._teacher_output(inputs, batch)
             with forward_replaced(student, self.loss.forwards[reduction]):
-                made: tuple[Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
+                made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
                 return made
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

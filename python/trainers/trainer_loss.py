@@ -15,7 +15,7 @@ from distill_kernels.api.models.labels import next_token_labels
 
 IGNORED = -100
 Reduction = Literal["mean", "none"]
-Forward = Callable[..., tuple[Tensor, Tensor]]  # a student's: the loss, and sums over tokens
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]  # a student's: the loss, sums over tokens, and what it adds of its own
 TARGETS = ("labels", "shift_labels")
 NO_TEACHER: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
 # What is logged, means over the tokens that are learned from: name -> the field of DistillationStats that it is made of.
@@ -79,7 +79,13 @@ class TrainerLoss:
             self.sparse, self.metrics = True, {}
         else:
             self._check()
+        self.auxiliary: tuple[str, ...] = ()  # the student's own losses, which the trainer learns from the model
         self.forwards: dict[Reduction, Forward] = {"mean": self._forward("mean"), "none": self._forward("none")}
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """The names of what is logged beside the loss, in the order of a forward's sums."""
+        return (*self.metrics, *self.auxiliary)
 
     def _smooth(self, factor: float) -> None:
         """label_smoothing_factor of TrainingArguments as an option of the loss."""
@@ -115,21 +121,25 @@ class TrainerLoss:
         )
 
     def _forward(self, reduction: Reduction) -> Forward:
-        """(loss () or (B, S), sums over tokens of the metrics, and the number of tokens, (B, metrics + 1)) of a batch."""
+        """Of a batch: the loss () or (B, S); sums over tokens of what is logged, and the number of tokens, (B, logged + 1); and () what the
+        student's auxiliary losses add, by their coefficients, whatever the number of tokens."""
         options, fields, sparse = {**self.options, "reduction": reduction}, tuple(self.metrics.values()), self.sparse
         options.pop("tail", None)  # which teacher_arguments has
 
         def forward(
             student: nn.Module, *, batch: dict[str, Any], teacher: dict[str, Any], labels: Tensor, num_items: int | Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            learned = run_backbone(student, **batch).as_student()
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            output = run_backbone(student, **batch)
+            learned = output.as_student()
             if sparse:
                 loss = sparse_distillation_loss(**learned, **teacher, labels=labels, num_items=num_items, **options)
-                columns = [labels != IGNORED]
+                valid, columns = labels != IGNORED, []
             else:
                 loss, stats = distillation_loss_and_stats(**learned, **teacher, labels=labels, num_items=num_items, **options)
-                columns = [*(getattr(stats, name) for name in fields), stats.valid]
-            return loss, torch.stack([column.sum(-1).float() for column in columns], -1)
+                valid, columns = stats.valid, [getattr(stats, name) for name in fields]
+            columns += [valid * output.auxiliary[name].value.detach() for name in self.auxiliary]
+            added = loss.new_zeros(()) + output.auxiliary_loss
+            return loss, torch.stack([column.sum(-1).float() for column in (*columns, valid)], -1), added
 
         return forward
 

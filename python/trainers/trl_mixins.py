@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_kernels.api.losses.distillation import DistillationLoss, distillation_loss, distillation_loss_and_stats
 from distill_kernels.api.losses.presets import preset
-from distill_kernels.api.models.backbone import run_backbone
+from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
 from distill_kernels.api.models.labels import next_token_labels
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class _TRLMixin:
     accelerator: "Accelerator"
     teacher_model: nn.Module  # or None, which is refused
     beta: float
+    model: nn.Module
+    _metrics: dict[str, dict[str, list[float]]]
 
     loss_options: ClassVar[dict[str, Any]] = {}
     _trainer = ""  # the class of trl whose method is replaced
@@ -79,14 +81,15 @@ class _TRLMixin:
 
     def _arguments(
         self, student: nn.Module, labels: Tensor, num_items: int | Tensor | None, convention: dict[str, Any], **batch: Tensor
-    ) -> dict[str, Any]:
-        """Of distillation_loss, for a batch; to be made inside of the forward of what wraps the student."""
+    ) -> tuple[dict[str, Any], Tensor | float]:
+        """Of distillation_loss, for a batch, and what the student's auxiliary losses add; to be made inside of the forward of what wraps
+        the student."""
         learned = run_backbone(student, **batch)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         self.teacher_model.eval()
         with torch.no_grad():
             taught = _redirection()(self.teacher_model, teacher, run_backbone, teacher, **batch)
-        return {
+        arguments = {
             **learned.as_student(),
             **taught.as_teacher(),
             "labels": labels,
@@ -94,6 +97,18 @@ class _TRLMixin:
             **convention,
             **self.loss_options,
         }
+        return arguments, self._added(learned)
+
+    def _added(self, learned: BackboneOutput) -> Tensor | float:
+        """The student's auxiliary losses by their coefficients, as a mean over the batches of a step, and into the log."""
+        mode = "train" if self.model.training else "eval"
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if self.model.training else 1
+        added: Tensor | float = 0.0
+        for name, (value, coefficient) in learned.auxiliary.items():
+            self._metrics[mode][name].append(value.item())
+            # A trainer with arguments of its own for it has them over the model's.
+            added = added + getattr(self, f"{name}_coef", coefficient) * value / steps
+        return added
 
 
 class TRLGKDMixin(_TRLMixin):
@@ -106,7 +121,9 @@ class TRLGKDMixin(_TRLMixin):
             loss_options = {"column_fraction": 0.08}  # or without
 
     What is computed is `preset("gkd", beta=trainer.beta)` over num_items_in_batch, as there, on the student's own samples (lmbda), the
-    teacher's (seq_kd) or the data's text. No logits are held: there is nothing to pass to compute_metrics, which is refused.
+    teacher's (seq_kd) or the data's text. A mixture of experts' load-balancing loss, which GKDConfig asks for by router_aux_loss_coef and
+    GKDTrainer leaves out, is added as SFTTrainer does, and logged as router_aux_loss. No logits are held: there is nothing to pass to
+    compute_metrics, which is refused.
 
     loss_options: options of `distillation_loss`, over what the trainer's own say; checked when a trainer is made.
 
@@ -134,7 +151,8 @@ class TRLGKDMixin(_TRLMixin):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _divergence(self, student: nn.Module, labels: Tensor, num_items: int | Tensor | None, **batch: Tensor) -> Tensor:
-        return distillation_loss(**self._arguments(student, labels, num_items, preset("gkd", beta=self.beta), **batch))
+        arguments, added = self._arguments(student, labels, num_items, preset("gkd", beta=self.beta), **batch)
+        return distillation_loss(**arguments) + added
 
 
 class TRLDistillationMixin(_TRLMixin):
@@ -147,7 +165,8 @@ class TRLDistillationMixin(_TRLMixin):
             loss_options = {"column_fraction": 0.08, "sweep": "int8"}  # or without
 
     What is computed is `preset("trl", beta=trainer.beta, temperature=trainer.temperature)` over the trainer's own count of sampled tokens;
-    its log has the student's entropy as before. What trl refuses, such as LoRA on the LM head, it still refuses.
+    its log has the student's entropy as before. A student with config.output_router_logits gets its routers' loss added, as a mean over
+    the batches of a step. What trl refuses, such as LoRA on the LM head, it still refuses.
 
     loss_options, Raises: as in `TRLGKDMixin`; images are refused, too.
     """
@@ -165,7 +184,7 @@ class TRLDistillationMixin(_TRLMixin):
         chosen = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         input_ids = torch.cat([prompt_ids, completion_ids], 1)
         labels = torch.cat([torch.full_like(prompt_ids, -100), torch.where(chosen != 0, completion_ids, -100)], 1)
-        arguments = self._arguments(
+        arguments, added = self._arguments(
             unwrapped_student,
             next_token_labels(input_ids, labels=labels),
             num_items_in_batch,
@@ -174,7 +193,7 @@ class TRLDistillationMixin(_TRLMixin):
             attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
         )
         loss, stats = distillation_loss_and_stats(**arguments)
-        return loss, stats.student_entropy.sum(), stats.valid.sum()
+        return loss + added, stats.student_entropy.sum(), stats.valid.sum()
 
 
 def _redirection() -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def test_steps_are_those_of_plain_torch(here):
     order = corpus.epochs(12, 5, 4, torch.Generator().manual_seed(0))
     options = {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3}
     text = loop.TaughtText(ids, model=teacher)
-    losses = list(loop.train(ours, text, order, *loop.optimizer_and_schedule(ours, 1e-2, 4), at_once=2, **options))
+    losses = [made["loss"] for made in loop.train(ours, text, order, *loop.optimizer_and_schedule(ours, 1e-2, 4), at_once=2, **options)]
 
     optimizer, schedule = loop.optimizer_and_schedule(plain, 1e-2, 4)
     expected = []
@@ -302,8 +302,8 @@ def test_a_cached_teacher_teaches_like_the_living_one(here, tmp_path):
         else:
             optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
             optimizer.zero_grad = lambda: None
-            (loss,) = loop.train(student, text, rows[None], optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), at_once=3)
-        losses.append(float(loss.detach() if living else loss))
+            (made,) = loop.train(student, text, rows[None], optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), at_once=3)
+        losses.append(float(loss.detach()) if living else made["loss"])
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
