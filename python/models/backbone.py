@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from distill_kernels.api.models import auxiliary_losses
+from distill_kernels.api.models import auxiliary_losses, packed_documents
 from distill_kernels.api.models.architectures import architecture_of, known_architecture
 from distill_kernels.api.models.auxiliary_losses import AuxiliaryLoss
 from distill_kernels.api.models.hidden_states import body_output, last_hidden_state
@@ -72,7 +72,8 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
     Raises:
         TypeError: the model is wrapped (DDP, FSDP, torch.compile), is no causal language model, or its head is not plain. Of a model
             sharded by torch.distributed.fsdp.fully_shard the head is whole inside of the model's own forward only.
-        ValueError: the batch asks for logits_to_keep.
+        ValueError: the batch asks for logits_to_keep; or it has packed documents that the model does not keep apart, which is found out
+            once, by some of them alone.
         NotImplementedError: the model makes its logits in no way that is known, see `register_architecture`; the message says how far
             off the nearest one is.
 
@@ -87,6 +88,7 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
         raise ValueError("the batch has logits_to_keep, but run_backbone returns every position; drop it and slice hidden instead")
     inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}
     architecture = architecture_of(parts.model, parts.head)
+    packed_documents.check(parts.model, architecture.hidden or last_hidden_state, inputs)
     auxiliary: Mapping[str, AuxiliaryLoss] = {}
     if architecture.hidden in (None, last_hidden_state):
         inputs = auxiliary_losses.request(parts.model, inputs)
@@ -111,6 +113,13 @@ def auxiliary_names(model: nn.Module) -> tuple[str, ...]:
 def check_model(model: nn.Module) -> None:
     """Raises what run_backbone would: runs the model on a few tokens, once, to see how it makes logits."""
     architecture_of(*_parts(model))
+
+
+def check_packing(model: nn.Module, **batch: Any) -> None:
+    """Raises what run_backbone would for packed documents that the model does not keep apart; for a batch of a model that is compiled."""
+    parts = _parts(model)
+    inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}
+    packed_documents.check(parts.model, architecture_of(*parts).hidden or last_hidden_state, inputs)
 
 
 class _Parts(NamedTuple):

@@ -85,7 +85,7 @@ def best_fit(model: Any, head: Head, hidden: Callable[..., Tensor], expected: Lo
         )
     products = factors[:, None] * (states.double().cpu()[0] @ some.T)
     wanted = logits.double().cpu()[0, :, entries]
-    tolerance = 8 * max(_rounding(dtype, logits.device) for dtype in _dtypes(states, weight, logits))
+    tolerance = 8 * max(coarsest(states, weight, logits), 2.0**-17)  # sums over thousands of channels
     largest = wanted.abs().amax(1, keepdim=True).clamp(min=1e-30)
     tried: dict[LogitRecipe, float] = {}
     for recipe in ([expected] if expected is not None else []) + list(_recipes(model.config)):
@@ -196,15 +196,12 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _dtypes(*tensors: Tensor) -> Iterator[torch.dtype]:
-    yield from (tensor.dtype for tensor in tensors)
+def coarsest(*tensors: Tensor) -> float:
+    """The relative rounding of what is computed of these tensors, autocast and TF32 included."""
+    found = [torch.finfo(tensor.dtype).eps for tensor in tensors]
     for device in {tensor.device.type for tensor in tensors}:
         if torch.is_autocast_enabled(device):
-            yield torch.get_autocast_dtype(device)
-
-
-def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Of one logit, relative to the largest."""
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-10
-    return max(torch.finfo(dtype).eps, 2.0**-17)  # sums over thousands of channels
+            found.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+        if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            found.append(2.0**-10)
+    return max(found)

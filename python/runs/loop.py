@@ -225,7 +225,8 @@ def train_and_evaluate(
     autocast: torch.dtype | None = None,
     **loss_options: Any,
 ) -> Iterator[dict[str, float]]:
-    """Trains from step `done` on; says of every step {"step", "learning_rate"} and its losses, and what `evaluate` does after those of `marks`.
+    """Trains from step `done` on; says of every step {"step", "learning_rate"} and its losses, and, after those of `marks`, what `evaluate`
+    does.
 
     Of step 0, the start, there is only the latter, and only if it is marked.
 

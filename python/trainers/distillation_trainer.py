@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
-from distill_kernels.api.models.backbone import auxiliary_names, check_model, run_backbone, vocabulary_size
+from distill_kernels.api.models.backbone import auxiliary_names, check_model, check_packing, run_backbone, vocabulary_size
 from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
 
 try:
@@ -219,6 +219,8 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         batch = self._student_inputs(inputs)
         with self.accelerator.autocast():
+            if self.args.torch_compile:
+                check_packing(student, **batch)  # which the compiled forward cannot
             teacher = self._teacher_output(inputs, batch)
             with forward_replaced(student, self.loss.forwards[reduction]):
                 made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)

@@ -6,6 +6,7 @@ import torch
 import transformers
 from document_blocks import run_python_blocks
 from trainer_runs import (
+    VOCAB,
     arguments,
     assert_same_run,
     assert_same_weights,
@@ -19,6 +20,7 @@ from trainer_runs import (
     trained,
 )
 
+from benchmarks.models.tiny import tiny_model
 from distill_kernels import reference
 from distill_kernels.api.trainers.distillation_trainer import forward_replaced
 from distill_kernels.api.trainers.trainer_loss import METRICS
@@ -164,6 +166,19 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
         runs.append(trained(trainer))
     assert calls.count(True) == 2 * calls.count(False) > 0
     assert_same_run(*runs)
+
+
+@pytest.mark.parametrize(("who", "changes"), [("teacher", {}), ("student", {"torch_compile": True, "torch_compile_backend": "eager"})])
+def test_packed_rows_that_see_each_other_are_refused_in_the_first_step(tmp_path, who, changes):
+    """Whichever of the models it is; the student's compiled forward could not tell."""
+    models = {"student": make_student(), "teacher": make_teacher()} | {who: tiny_model("bloom", vocab_size=VOCAB)}
+    trainer = distillation_trainer(
+        tmp_path, models["student"], teacher_model=models["teacher"], arguments_changes=changes,
+        data_collator=transformers.DataCollatorWithFlattening(return_tensors="pt"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"BloomForCausalLM, .*, does not keep documents apart.*Pad instead"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_compiled_training_is_one_graph_and_the_same(tmp_path):
