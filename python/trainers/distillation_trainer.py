@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, check_packing, run_backbone, vocabulary_size
+from distill_kernels.api.models.labels import placeholder_ids
 from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
 
 try:
@@ -33,11 +34,12 @@ class DistillationTrainer(Trainer):
     neither model's logits are made. The loss is computed inside of the forward of whatever wraps the student (DistributedDataParallel,
     fully_shard, torch.compile); checkpoints hold the student alone, as `from_pretrained` takes them.
 
-    Every next token is learned from, but where `labels` (not shifted) are -100, at padding by `attention_mask`, and where `position_ids`
-    begin another packed document; batches need no `labels`. A step's loss is the mean over these tokens of all its batches (gradient
-    accumulation), and of all processes if `average_tokens_across_devices`; that of an evaluation is the mean over its tokens, however they
-    are split into batches. Logged beside the loss, as means over tokens: kd (nats, without temperature² and weight), ce (nats),
-    top1_agreement, student_entropy and teacher_entropy (nats); in evaluation with the prefix eval_.
+    Every next token is learned from, but where `labels` (not shifted) are -100, at padding by `attention_mask`, where the next token is one
+    that an image is put in place of (config.image_token_id and the like), and where `position_ids` begin another packed document; batches
+    need no `labels`. A step's loss is the mean over these tokens of all its batches (gradient accumulation), and of all processes if
+    `average_tokens_across_devices`; that of an evaluation is the mean over its tokens, however they are split into batches. Logged beside
+    the loss, as means over tokens: kd (nats, without temperature² and weight), ce (nats), top1_agreement, student_entropy and
+    teacher_entropy (nats); in evaluation with the prefix eval_.
 
     What the student's own forward adds to its cross entropy, by which routers of experts are kept busy (config.output_router_logits), is
     added with the model's coefficient, as the mean over the batches of a step and over processes, and logged without it: router_aux_loss.
@@ -122,6 +124,7 @@ class DistillationTrainer(Trainer):
             if model is not None:
                 check_model(model)
         self.loss.auxiliary = auxiliary_names(self._student)
+        self._placeholders = placeholder_ids(self._student)
         student, teacher = vocabulary_size(self._student), None
         if self.teacher_model is not None:
             teacher = vocabulary_size(self.teacher_model)
@@ -153,7 +156,7 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        count = torch.stack([(targets(batch) != IGNORED).sum().to(device) for batch in batches]).sum()
+        count = torch.stack([(targets(batch, self._placeholders) != IGNORED).sum().to(device) for batch in batches]).sum()
         if self.args.average_tokens_across_devices:
             count = self.accelerator.reduce(count, reduction="sum")
         return batches, count.clamp(min=1)
@@ -223,7 +226,8 @@ class DistillationTrainer(Trainer):
                 check_packing(student, **batch)  # which the compiled forward cannot
             teacher = self._teacher_output(inputs, batch)
             with forward_replaced(student, self.loss.forwards[reduction]):
-                made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=targets(inputs), num_items=num_items)
+                labels = targets(inputs, self._placeholders)
+                made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=labels, num_items=num_items)
                 return made
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

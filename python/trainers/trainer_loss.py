@@ -1,7 +1,7 @@
 """The loss of a Trainer: options checked before training, the tokens it is of, and a forward of the student that returns it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -35,8 +35,11 @@ _READ_FROM_THE_CACHE = ("teacher_temperature", "teacher_tail_mass")
 _OF_A_BATCH = ("student_bias", "token_weight", "num_items")
 
 
-def targets(batch: Mapping[str, Any]) -> Tensor:
-    """Labels (B, S) of the next tokens, IGNORED where there is none to learn from."""
+def targets(batch: Mapping[str, Any], placeholders: Collection[int] = ()) -> Tensor:
+    """Labels (B, S) of the next tokens, IGNORED where there is none to learn from; those that are shifted already are taken as they are.
+
+    placeholders: ids of tokens in whose place a model reads images.
+    """
     shifted: Tensor | None = batch.get("shift_labels")
     if shifted is not None:
         return shifted
@@ -45,8 +48,11 @@ def targets(batch: Mapping[str, Any]) -> Tensor:
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if labels is not None and mask is not None and mask.dim() != 2:
         mask = None  # it says who attends to whom, and the labels alone where there is a target
+    positions = batch.get("position_ids")
+    if positions is not None and positions.dim() == 3:  # of text first, if there are four, then in time and in the plane of an image
+        positions = positions[0] if len(positions) == 4 else None
     return next_token_labels(
-        batch["input_ids"], labels=labels, attention_mask=mask, position_ids=batch.get("position_ids"), ignore_index=IGNORED
+        batch["input_ids"], labels=labels, attention_mask=mask, position_ids=positions, placeholders=placeholders, ignore_index=IGNORED
     )
 
 
