@@ -21,7 +21,8 @@ DRY_ROUNDS = 2
 
 
 def compare(comparison: Comparison, sizes: tuple[int, int, int, int], only_warm: bool) -> None:
-    """only_warm: every variant runs once, so that whatever it compiles is in the caches, and nothing else."""
+    """only_warm: what compiles anything runs once, so that it is in the caches, and nothing else is done. Many do so at once: those without
+    need are left out, for all share one memory."""
     if not has_gpu():
         worthwhile.LEAST_TOKENS = worthwhile.LEAST_VOCABULARY = 1  # columns are to be sampled at tiny sizes, too
     dtype = getattr(torch, comparison.dtype if comparison.backward or multiplies_16_bits() else "float32")
@@ -40,8 +41,8 @@ def compare(comparison: Comparison, sizes: tuple[int, int, int, int], only_warm:
             emit(kind="verdict", **named, variant=name, verdict="NOT HERE", why=str(error)[:300])
     if only_warm:
         for name, one in found.items():
-            step_of(one, comparison.backward)(*tensors)
-            emit(kind="warm", **named, variant=name)
+            if one.compiles:
+                emit(kind="warm", **named, variant=name, ended=why_not_run(step_of(one, comparison.backward), tensors) or "done")
         return
     judged = Judge(tensors, comparison.backward)
     usable, peaks = {}, {}
@@ -80,6 +81,14 @@ def compare(comparison: Comparison, sizes: tuple[int, int, int, int], only_warm:
             )  # fmt: skip
 
     in_turns(steps, comparison.seconds * SHARE, timed, most=MOST_ROUNDS if has_gpu() else DRY_ROUNDS)
+
+
+def why_not_run(step: Callable, tensors: list[torch.Tensor]) -> str | None:
+    try:
+        step(*tensors)
+    except Exception as error:  # noqa: BLE001  (when it is timed, it will be said again, and then it counts)
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
 
 
 def step_of(one: Variant, backward: bool) -> Callable:
