@@ -16,6 +16,19 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves tensors for backward, those of torch.inference_mode() too, which autograd refuses: nobody can write to them, and they get no
+    gradient, so they are held as they are."""
+    constant = [tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference() for tensor in tensors]
+    ctx.constants = [tensor if alone else None for tensor, alone in zip(tensors, constant, strict=True)]
+    ctx.save_for_backward(*(None if alone else tensor for tensor, alone in zip(tensors, constant, strict=True)))
+
+
+def kept(ctx: Any) -> list[Tensor | None]:
+    """What `keep` was given."""
+    return [saved if constant is None else constant for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+
+
 def finished(
     gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], wanted: Sequence[bool], inputs: int
 ) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from distill_kernels.listed import (
     with_labels,
     with_teacher,
 )
-from distill_kernels.ops.gradients import finished, scaled, without_autocast
+from distill_kernels.ops.gradients import finished, keep, kept, scaled, without_autocast
 from distill_kernels.schedule.chunked import Chunk, Outputs, empty_outputs
 
 
@@ -107,7 +107,7 @@ def _save_terms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
     ctx.mark_non_differentiable(total if ctx.deferred else terms_, *gradients)
-    ctx.save_for_backward(*([*tensors, numbers] if ctx.deferred else gradients))
+    keep(ctx, *([*tensors, numbers] if ctx.deferred else gradients))
 
 
 def _terms_backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -115,10 +115,10 @@ def _terms_backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_
     if upstream is None:
         return (None,) * (TERMS_TENSORS + 2)
     if ctx.deferred:
-        *inputs, _, numbers = ctx.saved_tensors
+        *inputs, _, numbers = kept(ctx)
         gradients = terms(*inputs, upstream, numbers, text_with(ctx.call, deferred=False))[2:]
     else:
-        gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+        gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(kept(ctx), ctx.wanted, strict=True)]
     return finished(gradients, ctx.dtypes, ctx.wanted, TERMS_TENSORS + 2)
 
 
@@ -220,11 +220,11 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.call = text_with(call, deferred=False)
     ctx.wanted = problem.d_hidden, problem.d_weight, problem.d_bias
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
-    ctx.save_for_backward(*tensors, numbers)
+    keep(ctx, *tensors, numbers)
 
 
 def _logprobs_backward(ctx: Any, d_logprobs: Tensor, d_rest: Tensor) -> tuple[Any, ...]:
-    *tensors, numbers = ctx.saved_tensors
+    *tensors, numbers = kept(ctx)
     gradients = logprobs_gradient(*tensors, d_logprobs, d_rest, numbers, ctx.call)
     return finished(gradients, ctx.dtypes, ctx.wanted, len(tensors) + 2)
 

@@ -28,7 +28,7 @@ from distill_kernels.call import checks
 from distill_kernels.call.problem import Problem, Tensors, as_text, from_text, text_with
 from distill_kernels.call.shards import join
 from distill_kernels.estimators.quantised import KINDS, padded_dim
-from distill_kernels.ops.gradients import finished, scaled, without_autocast
+from distill_kernels.ops.gradients import finished, keep, kept, scaled, without_autocast
 from distill_kernels.schedule.chunked import Saved, compacts, empty_outputs
 
 
@@ -126,13 +126,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         backend = backends.name_of(backends.choose(problem))
         ctx.call = _call_of_kept(call, backend, compacts(problem))
         ctx.mark_non_differentiable(terms_, *others)
-        ctx.save_for_backward(tensors.student_hidden, tensors.student_weight, tensors.coefficients, kept_dz, kept_columns, numbers)
+        keep(ctx, tensors.student_hidden, tensors.student_weight, tensors.coefficients, kept_dz, kept_columns, numbers)
     elif problem.deferred:
         ctx.mark_non_differentiable(total, *others)
-        ctx.save_for_backward(*tensors, numbers)
+        keep(ctx, *tensors, numbers)
     else:
         ctx.mark_non_differentiable(terms_, *others)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        keep(ctx, d_hidden, d_weight, d_bias)
 
 
 def _backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -143,14 +143,14 @@ def _backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any)
         return (None,) * inputs
     gradients: Sequence[Tensor | None]
     if ctx.keeps_dz:
-        *kept, numbers = ctx.saved_tensors
-        gradients = *multiply_kept(*kept, upstream, numbers, ctx.call), None
+        *products, numbers = kept(ctx)
+        gradients = *multiply_kept(*products, upstream, numbers, ctx.call), None
     elif again:
-        *tensors, numbers = ctx.saved_tensors
+        *tensors, numbers = kept(ctx)
         tensors = Tensors(*tensors)._replace(coefficients=upstream)
         gradients = terms(*tensors, numbers, text_with(ctx.call, deferred=False, stats=False))[2:5]
     else:
-        gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+        gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(kept(ctx), ctx.wanted, strict=True)]
     return finished(gradients, ctx.dtypes, ctx.wanted, inputs)
 
 
