@@ -20,6 +20,7 @@ What the teacher leaves out, its tail, is compared by one of `options.TAILS`:
     ignore       not at all, and nothing is renormalised: Σ_k value(log p_k, log q_k), which is no divergence unless L is everything
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from distill_kernels.call.options import Options
 from distill_kernels.call.problem import Problem
 from distill_kernels.divergences import LOG_PROBABILITY_FLOOR
 
+LEAST_ROUNDED = 32  # log-probabilities with two decimals are no coincidence
 # Σ p of a row that is taken for rounding of its log-probabilities: bfloat16's of an entropy of 10 nats add up to 4 %. Unnormalised
 # logits, or another base of logarithms, make more.
 MOST_MASS = 1.05
@@ -63,7 +65,7 @@ def checked(name: str, ids, vocabulary: int, counts) -> Lists:
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
     if ids.device.type == "cpu":
         _refuse(beyond, ids, f"{name} must be at least 0 and below the vocabulary size {vocabulary}, or -1 for none")
-        _refuse(twice, in_order, f"{name} must name each entry once in a row")
+        _refuse(twice, in_order, f"{name} must name each entry once in a row, and have -1, not an id, where a row has fewer")
     flawed = beyond.any(-1) | twice.any(-1)
     return Lists(torch.where(flawed[:, None], -1, ids), flawed)
 
@@ -90,6 +92,7 @@ def with_teacher(lists: Lists, log_p, tail_mass, options: Options, dtype) -> Lis
         _refuse(nothing, most, 'teacher_logprobs of a row must not all be −inf with tail="renormalise"')
         if left is not None:
             _refuse(~((left >= 0) & (left <= 1)), left, "teacher_tail_mass must be a probability")
+        _notice_rounding(log_p[shown])
     flawed = lists.flawed | (too_much | nothing).squeeze(-1)
     if left is not None:
         flawed = flawed | ~((left >= 0) & (left <= 1)).squeeze(-1)
@@ -119,6 +122,17 @@ def _refuse(wrong, values, wanted: str):
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(f"{wanted}, got {values[row, column].item():g} in row {row}")
+
+
+def _notice_rounding(log_p):
+    """Warns where all log-probabilities, of the teacher's entries alone, have been rounded to two decimals, as servers print them."""
+    some = log_p[log_p.isfinite() & (log_p != 0)]
+    if len(some) >= LEAST_ROUNDED and ((some * 100).round() / 100 - some).abs().max() <= 4 * torch.finfo(some.dtype).eps * some.abs().max():
+        warnings.warn(
+            "all teacher_logprobs have been rounded to two decimals: each probability is wrong by up to 0.5 %, and a row's tail by "
+            "as much of the whole. Ask whoever made them for all digits.",
+            stacklevel=2,
+        )
 
 
 class LogProbabilities(NamedTuple):

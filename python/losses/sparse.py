@@ -81,7 +81,8 @@ def sparse_distillation_loss(
     Raises
         TypeError, ValueError: naming the argument, what was got and what was wanted; on CPU also for ids that are out of range or twice in
         a row, and for log-probabilities that are NaN or sum to more than 1 (by 5 %, which rounding does not explain). On other devices,
-        where looking would wait for them, the loss of such a token is NaN. Rows of masked tokens may hold anything.
+        where looking would wait for them, the loss of such a token is NaN. Rows of masked tokens may hold anything. On CPU there is a
+        warning where all log-probabilities have been rounded to two decimals, which makes each probability wrong by up to 0.5 %.
 
     Example
         >>> hidden, head = torch.randn(2, 8, 64, requires_grad=True), torch.randn(1000, 64)

@@ -1,6 +1,7 @@
 """Calls of sparse_distillation_loss and selected_logprobs: what is refused, masked, compiled, accumulated; and log-probabilities."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -375,7 +376,7 @@ REFUSED = {
     ),
     "id below -1": (changed(case=with_ids(lambda ids: ids[7, 0].fill_(-100))), ValueError, "or -1 for none, got -100 in row 7"),
     "id twice": (
-        changed(case=with_ids(lambda ids: ids[5, 3].copy_(ids[5, 0]))), ValueError, "teacher_ids must name each entry once in a row, got",
+        changed(case=with_ids(lambda ids: ids[5, 3].copy_(ids[5, 0]))), ValueError, "have -1, not an id, where a row has fewer, got",
     ),
     "ids of another dtype": (changed(case=FULL._replace(ids=FULL.ids.int())), TypeError, "teacher_ids must be int64, got torch.int32"),
     "ids of another shape": (
@@ -424,6 +425,20 @@ REFUSED = {
     "selected ids of no dimension": (lambda: selected_logprobs(*FULL[:2], FULL.ids[:, 0]), ValueError, "token_ids must have at least one"),
     "selected at temperature 0": (lambda: selected_logprobs(*FULL[:2], FULL.ids, temperature=0.0), ValueError, "temperature must be"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("decimals, noticed", [(1, True), (2, True), (3, False), (None, False)])
+def test_rounded_log_probabilities_are_noticed(decimals, noticed):
+    case = FULL if decimals is None else FULL._replace(logprobs=FULL.logprobs.round(decimals=decimals) - 0.1)
+    case.logprobs[2, 1] = -math.inf  # which is no number that could have been rounded
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loss_of(case)
+        assert any("rounded to two decimals" in str(one.message) for one in said) == noticed
+        # What is masked is not looked at.
+        said.clear()
+        loss_of(case, labels=torch.full((TOKENS,), -100))
+        assert not said
 
 
 @pytest.mark.parametrize("call, error, words", REFUSED.values(), ids=REFUSED.keys())
