@@ -17,7 +17,7 @@ from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.measuring.diagnosis import doctor, plan
 from distill_kernels.api.models.architectures import register_architecture
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
-from distill_kernels.api.models.labels import next_token_labels
+from distill_kernels.api.models.labels import next_token_labels, placeholder_ids
 from distill_kernels.api.trainers.trl_mixins import TRLDistillationMixin, TRLGKDMixin
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "distillation_loss_and_stats",
     "doctor",
     "next_token_labels",
+    "placeholder_ids",
     "plan",
     "prepare_head",
     "preset",

@@ -70,6 +70,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**SCALING, "layer_types": ["mamba", "attention"]},
     "inkling_text": {"logits_mup_width_multiplier": 3.1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {**LATENT, "dim_model_base": 10},
@@ -90,24 +91,51 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of towers that read images or sounds.
+TOWER: dict[str, Any] = {
+    "hidden_size": WIDTH, "embed_dim": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "depth": 2,
+    "num_attention_heads": 4, "num_heads": 4, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1], "image_size": 16,
+    "patch_size": 4, "num_position_embeddings": 16,
+}  # fmt: skip
+
+
+def accepted(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Those of the sizes that a class of configurations has fields for."""
+    known = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__dataclass_fields__", ()), *kind.attribute_map}
+    return {name: value for name, value in sizes.items() if name in known}
+
+
+def _nested(model_type: str, kind: Any) -> dict[str, Any]:
+    """Configurations inside of one that has one for text and others for towers."""
+    made = kind()
+    inside = {}
+    for name in ("text_config", "vision_config", "audio_config"):
+        part = getattr(made, name, None)
+        if part is None:
+            continue
+        own = part.model_type
+        is_listed = name == "text_config" and own in transformers.CONFIG_MAPPING and own != model_type
+        inside[name] = tiny_config(own).to_dict() if is_listed else accepted(type(part), SIZES if name == "text_config" else TOWER)
+    return inside
+
+
 def tiny_config(model_type: str, **changes: Any) -> Any:
     kind = transformers.CONFIG_MAPPING[model_type]
-    known = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__dataclass_fields__", ()), *kind.attribute_map}
-    sizes = {name: value for name, value in SIZES.items() if name in known}
+    sizes = accepted(kind, SIZES) | (_nested(model_type, kind) if "text_config" in accepted(kind, {"text_config": None}) else {})
     # A field and its alias, both given, would fight.
     special = {**SPECIAL.get(model_type, {}), **changes}
     named = {kind.attribute_map.get(name, name) for name in special}
     return kind(**{name: value for name, value in sizes.items() if kind.attribute_map.get(name, name) not in named}, **special)
 
 
-def tiny_model(model_type: str, **changes: Any) -> Any:
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """In evaluation mode, of float32. ValueError where the architecture's configuration is not made tiny by what is above."""
     config = tiny_config(model_type, **changes)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters())
     if parameters > MOST_PARAMETERS:
         raise ValueError(f"{model_type} has {parameters} parameters, wanted at most {MOST_PARAMETERS}: say in SPECIAL what makes it tiny")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return spread(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 

@@ -1,21 +1,16 @@
 """Tiny random models that read images and text, and a batch for each."""
 
-import inspect
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.models.tiny import SIZES, VOCAB, WIDTH, spread
+from benchmarks.models.tiny import SIZES, TOWER, accepted, spread
 
 IMAGE = 200  # the placeholder of an image's tokens
 LENGTH = 16
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-_SMALL = {
-    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 4, "depth": 2,
-    "out_hidden_size": WIDTH, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1],
-}  # fmt: skip
 # model_type -> the whole configuration's fields, its text's, its vision's.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"image_token_index": IMAGE, "boi_token_index": 201, "eoi_token_index": 202, "mm_tokens_per_image": 4},
@@ -35,17 +30,12 @@ def tiny_vision_model(model_type: str, seed: int = 0, **text: Any) -> Any:
     whole, of_text, of_vision = ARCHITECTURES[model_type]
     kind = transformers.CONFIG_MAPPING[model_type]
     made = kind()
-    texts = {**_accepted(type(made.text_config), SIZES), **of_text, **text}
+    texts = {**accepted(type(made.text_config), SIZES), **of_text, **text}
     if model_type == "smolvlm":
         texts["model_type"] = "llama"
-    config = kind(text_config=texts, vision_config={**_accepted(type(made.vision_config), _SMALL), **of_vision}, **whole)
+    config = kind(text_config=texts, vision_config={**accepted(type(made.vision_config), TOWER), **of_vision}, **whole)
     torch.manual_seed(seed)
     return spread(transformers.AutoModelForImageTextToText.from_config(config).eval())
-
-
-def _accepted(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    known = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__dataclass_fields__", ())}
-    return {name: value for name, value in sizes.items() if name in known}
 
 
 def vision_batch(model_type: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
@@ -75,6 +65,3 @@ def vision_rows(model_type: str, count: int) -> list[dict[str, Tensor]]:
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-__all__ = ["ARCHITECTURES", "IMAGE", "VOCAB", "collate", "tiny_vision_model", "vision_batch", "vision_rows"]

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import record
 
 KEYS = {
+    "architectures": ("model_type",),
     "cache_errors": ("kind", "dtype"),
     "columns": ("case", "dtype", "temperature", "variant"),
     "columns_break_even": ("tokens", "vocabulary", "dim", "dtype", "variant"),

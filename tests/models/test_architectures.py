@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from test_models import logits_of, tokens
 from torch import nn
 
@@ -14,8 +15,6 @@ from distill_kernels.api.models import architectures
 from distill_kernels.api.models.architectures import Architecture
 from distill_kernels.api.models.backbone import check_model, run_backbone, vocabulary_size
 from distill_kernels.api.models.measured_logits import LogitRecipe
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture

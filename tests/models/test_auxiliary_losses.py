@@ -4,14 +4,13 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from test_models import tokens
 from thinned import some
 from torch.nn.functional import cross_entropy
 
 from benchmarks.models.tiny import tiny_model
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, run_backbone
-
-transformers = pytest.importorskip("transformers")
 
 # Experts counted by the model, by its configuration, and in a grid; a coefficient of another name, and one in a nested configuration.
 MIXTURES = [

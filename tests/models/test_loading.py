@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from benchmarks.models.tiny import VOCAB, tiny_model
 from distill_kernels.api.models.backbone import run_backbone
 from distill_kernels.api.models.loading import load_causal_lm
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from thinned import some
 from torch import nn
 
@@ -7,8 +8,6 @@ from benchmarks.models.tiny import VOCAB, WIDTH, tiny_config, tiny_model
 from distill_kernels.api.models import architectures
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
 from distill_kernels.api.models.hidden_states import head_input
-
-transformers = pytest.importorskip("transformers")
 
 BATCH, LENGTH = 2, 9
 HEAD_BIAS = {"bert", "codegen", "ernie4_5_moe", "gptj", "modernbert-decoder", "phi", "phimoe"}

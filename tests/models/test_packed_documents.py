@@ -37,10 +37,7 @@ def boundaries(texts):
 
 
 APART = {
-    **{
-        (name, "sdpa"): {}
-        for name in ("llama", "gpt2", "gemma3_text", "mixtral", "deepseek_v3", "phi3", "olmo2", "cohere2", "lfm2", "qwen3_moe")
-    },
+    **{(name, "sdpa"): {} for name in ("llama", "gpt2", "gemma3_text", "mixtral", "deepseek_v3", "phi3", "olmo2", "cohere2", "qwen3_moe")},
     **{(name, "eager"): {} for name in ("llama", "gemma2", "granite_swa", "gpt_neo")},
 }
 TOGETHER = {
