@@ -24,9 +24,9 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(None if alone else tensor for tensor, alone in zip(tensors, constant, strict=True)))
 
 
-def kept(ctx: Any) -> list[Tensor | None]:
+def kept(ctx: Any) -> tuple[Any, ...]:
     """What `keep` was given."""
-    return [saved if constant is None else constant for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+    return tuple(saved if constant is None else constant for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True))
 
 
 def finished(

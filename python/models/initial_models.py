@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from distill_kernels.api.models.loading import load_causal_lm
+from distill_kernels.api.models.tokenizers import difference
 from distill_kernels.api.user_error import UserError
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 def check_tokenizers(teacher_tokenizer: "PreTrainedTokenizerBase", student_tokenizer: "PreTrainedTokenizerBase") -> None:
     """The same ids have to mean the same tokens, whatever the sizes of the heads."""
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    differing = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
-    if differing:
+    words = difference(teacher_tokenizer, student_tokenizer)
+    if words is not None:
         raise UserError(
-            f"the tokenizers of --teacher and --student differ in {len(differing)} tokens (first {min(differing)!r}), so their "
-            "distributions cannot be compared; pass models with one vocabulary"
+            f"the tokenizers of --teacher and --student {words}, so their distributions cannot be compared; pass models with one vocabulary"
         )
 
 

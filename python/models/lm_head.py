@@ -97,7 +97,8 @@ def head_of(model: Any) -> Head:
             f"the LM head of {kind} is {type(head).__name__} with a weight of type {type(head.weight).__name__}, "
             f"wanted a plain torch.nn.Linear with a plain Parameter, or one with LoRA: {advice}"
         )
-    if head.weight.shape != (head.out_features, head.in_features):
+    # A copy that peft makes of tied embeddings has the numbers of its features swapped, and the whole weight.
+    if sorted(head.weight.shape) != sorted((head.out_features, head.in_features)):
         raise TypeError(
             f"the LM head of {kind} has a weight of shape {tuple(head.weight.shape)}, "
             f"wanted the whole {(head.out_features, head.in_features)} and not one shard of it"

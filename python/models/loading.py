@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_causal_lm(path: str | Path, dtype: "torch.dtype | str" = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal language model and its tokenizer from local files, never from the network.
 
     Args:
         path: a Hugging Face folder (config.json, weights, tokenizer), a folder with one .gguf file, or a .gguf file.
-        dtype: dtype of the model's parameters.
+        dtype: dtype of the model's parameters; "auto" is that of the weights.
 
     Returns:
         (model, tokenizer), the transformers objects; the model is in evaluation mode, on the CPU.

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,10 @@ from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, check_packing, run_backbone, vocabulary_size
 from distill_kernels.api.models.labels import placeholder_ids
-from distill_kernels.api.trainers.trainer_loss import IGNORED, NO_TEACHER, TARGETS, Reduction, TrainerLoss, targets
+from distill_kernels.api.trainers import batches
+from distill_kernels.api.trainers.batches import IGNORED, Reader
+from distill_kernels.api.trainers.given_models import check_tokenizers, loaded
+from distill_kernels.api.trainers.trainer_loss import NO_TEACHER, Reduction, TrainerLoss
 
 try:
     from transformers import Trainer
@@ -36,7 +40,10 @@ class DistillationTrainer(Trainer):
 
     Every next token is learned from, but where `labels` (not shifted) are -100, at padding by `attention_mask`, where the next token is one
     that an image is put in place of (config.image_token_id and the like), and where `position_ids` begin another packed document; batches
-    need no `labels`. A step's loss is the mean over these tokens of all its batches (gradient accumulation), and of all processes if
+    need no `labels`. `completion_mask` and `assistant_masks` are 1 at tokens to learn from, and `token_weight` multiplies a token's loss:
+    (B, S), not shifted. Each model gets what its own forward takes of a batch.
+
+    A step's loss is the mean over these tokens, whatever their weights, of all its batches (gradient accumulation), and of all processes if
     `average_tokens_across_devices`; that of an evaluation is the mean over its tokens, however they are split into batches. Logged beside
     the loss, as means over tokens: kd (nats, without temperature² and weight), ce (nats), top1_agreement, student_entropy and
     teacher_entropy (nats); in evaluation with the prefix eval_.
@@ -45,10 +52,12 @@ class DistillationTrainer(Trainer):
     added with the model's coefficient, as the mean over the batches of a step and over processes, and logged without it: router_aux_loss.
 
     Args:
-        model: the student; a PeftModel is taken, too (LoRA on the LM head is exact, and takes memory for a copy of the head).
+        model: the student; a PeftModel is taken, too (LoRA on the LM head is exact, and takes memory for a copy of the head). A local
+            folder is loaded, in float32.
         args: transformers.TrainingArguments. label_smoothing_factor smooths the cross entropy; use_liger_kernel is refused.
         teacher_model: a causal language model with the same vocabulary. It is put into evaluation mode, its parameters get
-            requires_grad=False, and it is moved to the training device, unless it has a device map; its dtype stays what it is.
+            requires_grad=False, and it is moved to the training device, unless it has a device map; its dtype stays what it is. A local
+            folder is loaded, in the dtype that its weights have.
         teacher_cache: a TeacherCache, in place of teacher_model; rows of all data sets, evaluation's included, must be in it. They are
             found by their token ids, or brought by its own data set and collator: without a data_collator, its is used. If it is one of
             top-k log-probabilities, the loss is `sparse_distillation_loss`, whose `tail` is required then, and no metrics are logged.
@@ -68,10 +77,10 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: "PreTrainedModel | nn.Module | None" = None,
+        model: "PreTrainedModel | nn.Module | str | Path | None" = None,
         args: "TrainingArguments | None" = None,
         *,
-        teacher_model: nn.Module | None = None,
+        teacher_model: "nn.Module | str | Path | None" = None,
         teacher_cache: TeacherCache | None = None,
         **options: Any,
     ) -> None:
@@ -94,13 +103,17 @@ class DistillationTrainer(Trainer):
         if trainer.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func takes logits, which are not made here; options of distillation_loss say what the loss is")
         self.teacher_cache = teacher_cache
+        model, teacher_model = loaded("model", model, torch.float32), loaded("teacher_model", teacher_model, "auto")
         super().__init__(model=model, args=args, **trainer)
         check_parallelism(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer knows that the loss is normalised by num_items_in_batch
         self.teacher_model = None if teacher_model is None else self._frozen(teacher_model)
         self._check_models()
+        self._readers = [Reader(known_model) for known_model in (self._student, self.teacher_model) if known_model is not None]
+        for dataset in (self.train_dataset, self.eval_dataset):
+            batches.check_columns(getattr(dataset, "column_names", None) or ())
         self._teacher_head: PreparedHead | None = None  # quantised, of a loss with `sweep`
-        self._trained, self._evaluated = _TokenMeans(), _TokenMeans()
+        self._trained, self._evaluated, self._evaluated_loss = _TokenMeans(), _TokenMeans(), _TokenMeans()
 
     @property
     def _student(self) -> nn.Module:
@@ -136,12 +149,16 @@ class DistillationTrainer(Trainer):
                 how = f"if the first {min(student, teacher)} entries mean the same tokens, "
                 how += 'pass vocab_mismatch="truncate" to compare those, renormalised'
             raise ValueError(f"the student's LM head has {student} rows but the teacher's has {teacher}; {how}")
+        shared = None if teacher is None else min(student, teacher)
+        check_tokenizers(self._student, self.processing_class, self.teacher_model or self.teacher_cache, shared)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Trainer drops columns that the student's forward does not take, unless they are named here: a cache's are of the teacher."""
+        """Trainer drops columns that the student's forward does not take, unless they are named here: the teacher's, a cache's and the
+        loss's. And those that look like the loss's and are not read, so that they are seen and refused."""
         super()._set_signature_columns_if_needed()
         named: Any = self._signature_columns  # a list now, which Trainer's own annotations do not say
-        named.extend(name for name in self._cached_columns() if name not in named)
+        others = [*self._cached_columns(), *batches.OF_THE_LOSS, *batches.NOT_READ, *(name for one in self._readers for name in one.names)]
+        named.extend(name for name in dict.fromkeys(others) if name not in named)
 
     def _cached_columns(self) -> list[str]:
         """What a batch may bring of a cache."""
@@ -153,13 +170,13 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int | Tensor | None]:
         """The next batches, and the number of tokens that they are learned from: of all processes, if these are averaged over."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        count = torch.stack([(targets(batch, self._placeholders) != IGNORED).sum().to(device) for batch in batches]).sum()
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        count = torch.stack([(batches.targets(batch, self._placeholders) != IGNORED).sum().to(device) for batch in samples]).sum()
         if self.args.average_tokens_across_devices:
             count = self.accelerator.reduce(count, reduction="sum")
-        return batches, count.clamp(min=1)
+        return samples, count.clamp(min=1)
 
     def compute_loss(
         self,
@@ -186,12 +203,15 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             losses, rows, added = self._loss_and_rows(model, inputs, None, "none")
-        rows = torch.cat((losses.sum(-1, keepdim=True) + added * rows[:, -1:], rows), -1)
-        self._evaluated.add(self.gather_function(rows))  # which leaves out the rows that made the last batch even over processes
-        loss = rows[:, 0].sum() / rows[:, -1].sum().clamp(min=1)
+        counts = (batches.targets(inputs, self._placeholders) != IGNORED).sum(-1, keepdim=True)
+        sums = torch.cat((losses.sum(-1, keepdim=True) + added * counts, counts), -1)
+        # Which leaves out the rows that made the last batch even over processes.
+        self._evaluated_loss.add(self.gather_function(sums))
+        self._evaluated.add(self.gather_function(rows))
+        loss = sums[:, 0].sum() / sums[:, -1].sum().clamp(min=1)
         if prediction_loss_only:
             return loss, None, None
-        _, logits, _ = super().prediction_step(model, self._student_inputs(inputs), False, ignore_keys)
+        _, logits, _ = super().prediction_step(model, self._readers[0].inputs(inputs), False, ignore_keys)
         return loss, logits, inputs.get("labels")
 
     def evaluation_loop(
@@ -203,9 +223,11 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> "EvalLoopOutput":
         """Trainer's, with the loss and the metrics as means over all tokens instead of over batches."""
-        self._evaluated.take()
+        for sums in (self._evaluated, self._evaluated_loss):
+            sums.take()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = dict(zip(("loss", *self.loss.logged), self._evaluated.take(), strict=False))
+        taken = (*self._evaluated_loss.take(), *self._evaluated.take())
+        means = dict(zip(("loss", *self.loss.logged), taken, strict=False))
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
@@ -220,24 +242,21 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What TrainerLoss.forwards return, by the forward of `model`."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        batch = self._student_inputs(inputs)
+        batches.check_read(inputs, self._readers, self._cached_columns())
+        batch = self._readers[0].inputs(inputs)
         with self.accelerator.autocast():
             if self.args.torch_compile:
                 check_packing(student, **batch)  # which the compiled forward cannot
-            teacher = self._teacher_output(inputs, batch)
+            teacher = self._teacher_output(inputs)
             with forward_replaced(student, self.loss.forwards[reduction]):
-                labels = targets(inputs, self._placeholders)
-                made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, labels=labels, num_items=num_items)
+                of_tokens = {"labels": batches.targets(inputs, self._placeholders), "token_weight": batches.weights(inputs)}
+                made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, **of_tokens, num_items=num_items)
                 return made
 
-    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        left_out = (*TARGETS, *self._cached_columns())
-        return {name: value for name, value in inputs.items() if name not in left_out}
-
     @torch.no_grad()
-    def _teacher_output(self, inputs: Mapping[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
+    def _teacher_output(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self.teacher_model is not None:
-            output = run_backbone(self.teacher_model, **batch).as_teacher()
+            output = run_backbone(self.teacher_model, **self._readers[1].inputs(inputs)).as_teacher()
         elif self.teacher_cache is not None:
             output = self.loss.teacher_arguments(self.teacher_cache.teacher_output(inputs))
         else:

@@ -1,7 +1,7 @@
-"""The loss of a Trainer: options checked before training, the tokens it is of, and a forward of the student that returns it."""
+"""The loss of a Trainer: options checked before training, and a forward of the student that returns it."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,12 +11,10 @@ from distill_kernels.api.cache.reading import CachedTeacher, TeacherCache
 from distill_kernels.api.losses.distillation import DistillationLoss, distillation_loss_and_stats
 from distill_kernels.api.losses.sparse import sparse_distillation_loss
 from distill_kernels.api.models.backbone import run_backbone
-from distill_kernels.api.models.labels import next_token_labels
+from distill_kernels.api.trainers.batches import IGNORED
 
-IGNORED = -100
 Reduction = Literal["mean", "none"]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]  # a student's: the loss, sums over tokens, and what it adds of its own
-TARGETS = ("labels", "shift_labels")
 NO_TEACHER: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
 # What is logged, means over the tokens that are learned from: name -> the field of DistillationStats that it is made of.
 METRICS = {
@@ -33,27 +31,6 @@ _SET_BY_THE_TRAINER = {"reduction": "mean", "ignore_index": IGNORED, "process_gr
 # Of sparse_distillation_loss: what belongs to a batch, and to the cache.
 _READ_FROM_THE_CACHE = ("teacher_temperature", "teacher_tail_mass")
 _OF_A_BATCH = ("student_bias", "token_weight", "num_items")
-
-
-def targets(batch: Mapping[str, Any], placeholders: Collection[int] = ()) -> Tensor:
-    """Labels (B, S) of the next tokens, IGNORED where there is none to learn from; those that are shifted already are taken as they are.
-
-    placeholders: ids of tokens in whose place a model reads images.
-    """
-    shifted: Tensor | None = batch.get("shift_labels")
-    if shifted is not None:
-        return shifted
-    if batch.get("input_ids") is None:
-        raise ValueError(f"the batch has no input_ids (batch, sequence), only {', '.join(batch)}")
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is not None and mask is not None and mask.dim() != 2:
-        mask = None  # it says who attends to whom, and the labels alone where there is a target
-    positions = batch.get("position_ids")
-    if positions is not None and positions.dim() == 3:  # of text first, if there are four, then in time and in the plane of an image
-        positions = positions[0] if len(positions) == 4 else None
-    return next_token_labels(
-        batch["input_ids"], labels=labels, attention_mask=mask, position_ids=positions, placeholders=placeholders, ignore_index=IGNORED
-    )
 
 
 class TrainerLoss:
@@ -133,15 +110,21 @@ class TrainerLoss:
         options.pop("tail", None)  # which teacher_arguments has
 
         def forward(
-            student: nn.Module, *, batch: dict[str, Any], teacher: dict[str, Any], labels: Tensor, num_items: int | Tensor | None
+            student: nn.Module,
+            *,
+            batch: dict[str, Any],
+            teacher: dict[str, Any],
+            labels: Tensor,
+            token_weight: Tensor | None,
+            num_items: int | Tensor | None,
         ) -> tuple[Tensor, Tensor, Tensor]:
             output = run_backbone(student, **batch)
-            learned = output.as_student()
+            given = {**output.as_student(), **teacher, "labels": labels, "token_weight": token_weight, "num_items": num_items}
             if sparse:
-                loss = sparse_distillation_loss(**learned, **teacher, labels=labels, num_items=num_items, **options)
+                loss = sparse_distillation_loss(**given, **options)
                 valid, columns = labels != IGNORED, []
             else:
-                loss, stats = distillation_loss_and_stats(**learned, **teacher, labels=labels, num_items=num_items, **options)
+                loss, stats = distillation_loss_and_stats(**given, **options)
                 valid, columns = stats.valid, [getattr(stats, name) for name in fields]
             columns += [valid * output.auxiliary[name].value.detach() for name in self.auxiliary]
             added = loss.new_zeros(()) + output.auxiliary_loss

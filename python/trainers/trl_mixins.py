@@ -15,6 +15,7 @@ from distill_kernels.api.losses.distillation import DistillationLoss, distillati
 from distill_kernels.api.losses.presets import preset
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
 from distill_kernels.api.models.labels import next_token_labels
+from distill_kernels.api.trainers.given_models import check_tokenizers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +55,8 @@ class _TRLMixin:
         for name in ("compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name, None) is not None:
                 raise ValueError(f"{type(self).__name__} got {name}, which needs logits: there are none to pass to it")
+        student, teacher = (self.accelerator.unwrap_model(model) for model in (self.model, self.teacher_model))
+        check_tokenizers(student, getattr(self, "processing_class", None), teacher, None)
 
     def _check_class(self) -> None:
         kind, mixin = type(self), next(base for base in type(self).__mro__ if "_trainer" in vars(base))
