@@ -146,8 +146,8 @@ def _backward(ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, *_: Any)
         *products, numbers = kept(ctx)
         gradients = *multiply_kept(*products, upstream, numbers, ctx.call), None
     elif again:
-        *tensors, numbers = kept(ctx)
-        tensors = Tensors(*tensors)._replace(coefficients=upstream)
+        *given, numbers = kept(ctx)
+        tensors = Tensors(*given)._replace(coefficients=upstream)
         gradients = terms(*tensors, numbers, text_with(ctx.call, deferred=False, stats=False))[2:5]
     else:
         gradients = [scaled(g, upstream) if wanted else g for g, wanted in zip(kept(ctx), ctx.wanted, strict=True)]

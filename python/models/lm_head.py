@@ -83,8 +83,16 @@ def head_of(model: Any) -> Head:
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"run_backbone got {kind}, which has no LM head, wanted a causal language model such as LlamaForCausalLM")
-    if _has_base(head, "ModulesToSaveWrapper") and not head.disable_adapters and head.active_adapters:
-        head = head.modules_to_save[head.active_adapters[0]]
+    if _has_base(head, "ModulesToSaveWrapper"):
+        used = head.active_adapters and not head.disable_adapters
+        head = head.modules_to_save[head.active_adapters[0]] if used else head.original_module
+    tokens: Any = None  # peft's layer of rows that are trained in the place of the head's own
+    if _has_base(head, "TrainableTokensWrapper"):
+        layer = head.token_adapter
+        head = layer.base_layer
+        tokens = None if layer.disable_adapters or layer.merged or not layer.active_adapters else layer
+    elif _has_base(head, "BaseTunerLayer") and (head.disable_adapters or head.merged):
+        head = head.get_base_layer()  # which has what is merged
     adapters: tuple[Adapter, ...] = ()
     if type(head).__module__.startswith("peft.tuners.lora.") and type(head).__name__ == "Linear":
         adapters = tuple(_lora_adapters(head))
@@ -95,7 +103,7 @@ def head_of(model: Any) -> Head:
         advice = _SHARDED if _has_base(model, "FSDPModule") else "merge or remove its adapter, quantisation or sharding"
         raise TypeError(
             f"the LM head of {kind} is {type(head).__name__} with a weight of type {type(head.weight).__name__}, "
-            f"wanted a plain torch.nn.Linear with a plain Parameter, or one with LoRA: {advice}"
+            f"wanted a plain torch.nn.Linear with a plain Parameter, or one with LoRA or trainable tokens: {advice}"
         )
     # A copy that peft makes of tied embeddings has the numbers of its features swapped, and the whole weight.
     if sorted(head.weight.shape) != sorted((head.out_features, head.in_features)):
@@ -103,6 +111,8 @@ def head_of(model: Any) -> Head:
             f"the LM head of {kind} has a weight of shape {tuple(head.weight.shape)}, "
             f"wanted the whole {(head.out_features, head.in_features)} and not one shard of it"
         )
+    if tokens is not None:  # a copy of the head, with those rows, which peft multiplies by without a bias
+        return Head(tokens.get_merged_weights(tokens.active_adapters), None)
     return Head(head.weight, head.bias, adapters)
 
 

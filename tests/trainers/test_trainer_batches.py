@@ -81,7 +81,7 @@ def test_column_of_a_data_set_is_refused_before_training(tmp_path):
 def test_what_neither_model_takes_is_refused(tmp_path):
     made = with_column("difficulty", weights_of)
     changes = {"remove_unused_columns": False}
-    with pytest.raises(ValueError, match="the batch has difficulty, which neither .*remove_unused_columns=True"):
+    with pytest.raises(ValueError, match=r"the batch has difficulty, which neither .*remove_unused_columns=True"):
         distillation_trainer(tmp_path, arguments_changes=changes, **made).train()
     trained(distillation_trainer(tmp_path, arguments_changes=ONE_STEP, **made | {"data_collator": pad}))  # as the message says
 
@@ -171,7 +171,7 @@ def test_tokenizers_of_one_size_that_differ_are_refused(tmp_path, known_by):
     student = save_llama(tmp_path / "student", words=OTHERS, layers=2, seed=1)
     options = {"processing_class": tokenizer_of(OTHERS)} if known_by == "processing_class" else {}
     model = make_student(vocab_size=300) if options else str(student)
-    with pytest.raises(ValueError, match="tokenizers of teacher and student differ in 1 tokens .*'ban'.*'other'"):
+    with pytest.raises(ValueError, match=r"tokenizers of teacher and student differ in 1 tokens .*'ban'.*'other'"):
         distillation_trainer(tmp_path, model, teacher_model=str(teacher), **options)
     same = {"processing_class": tokenizer_of(WORDS)} if options else {}
     distillation_trainer(tmp_path, make_student(vocab_size=300), teacher_model=str(teacher), **same)
