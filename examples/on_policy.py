@@ -101,7 +101,7 @@ def main() -> None:
     if given.warm_up:
         text = loop.TaughtText(windows, model=teacher)
         optimizer_and_schedule = loop.optimizer_and_schedule(student, 1e-3, given.warm_up)
-        losses = list(loop.train(student.train(), text, order[: given.warm_up], *optimizer_and_schedule))
+        losses = [made["loss"] for made in loop.train(student.train(), text, order[: given.warm_up], *optimizer_and_schedule)]
         print(f"warm-up: forward KL on the text {losses[-1]:.3f} nats after {given.warm_up} steps", flush=True)
 
     before = measure(student, teacher, held_out[:, : given.prompt], given.completion)

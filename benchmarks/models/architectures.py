@@ -8,6 +8,7 @@ on. Right: to 1e-5 of the loss and 1e-4 of the largest entry of each gradient's 
 """
 
 import argparse
+import copy
 import csv
 import signal
 import sys
@@ -74,7 +75,8 @@ def examine(model_type: str) -> Row:
         balanced = {"output_router_logits": True} if hasattr(tiny_config(model_type), "output_router_logits") else {}
         student, teacher = (tiny_model(model_type, seed=seed, **balanced) for seed in (0, 1))
         ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-        wanted, wanted_gradients = _eager(student, teacher, ids)
+        # Copies, for some models keep something of a forward, and with it its graph.
+        wanted, wanted_gradients = _eager(copy.deepcopy(student), copy.deepcopy(teacher), ids)
     except ODD as error:
         row.reason = f"no tiny model of it was made that runs: {_short(error)}"
         return row

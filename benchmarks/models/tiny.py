@@ -1,6 +1,7 @@
 """Tiny random causal language models of every architecture that transformers has: tens of thousands of parameters each."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,6 +98,16 @@ TOWER: dict[str, Any] = {
     "num_attention_heads": 4, "num_heads": 4, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1], "image_size": 16,
     "patch_size": 4, "num_position_embeddings": 16,
 }  # fmt: skip
+
+
+# Of these transformers 4 makes no tiny model, or one that does not run by itself.
+_SINCE_5 = {"apertus", "dbrx", "doge", "jamba", "jetmoe", "qwen2_5_vl", "recurrent_gemma", "zamba"}
+
+
+def there(model_types: Iterable[str]) -> list[str]:
+    """Those that the installed transformers has, and can run when they are tiny."""
+    broken = _SINCE_5 if transformers.__version__.startswith("4.") else set()
+    return [name for name in model_types if name in transformers.CONFIG_MAPPING and name not in broken]
 
 
 def accepted(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_kernels.api.models import auxiliary_losses
-from distill_kernels.api.models.hidden_states import body_output, head_input, last_hidden_state
+from distill_kernels.api.models.hidden_states import body_output, evaluating, head_input, last_hidden_state
 from distill_kernels.api.models.lm_head import Head
-from distill_kernels.api.models.measured_logits import Fit, LogitRecipe, best_fit, evaluating, few_tokens
+from distill_kernels.api.models.measured_logits import Fit, LogitRecipe, best_fit, few_tokens
 
 log = logging.getLogger(__name__)
 
@@ -181,13 +181,21 @@ def _warn_of_losses_left_out(model: Any, way: HiddenStates, fit: Fit) -> None:
     # No more than rounding, of either way to shift labels.
     if not fit.beside or min(abs(beside - returned) for beside in fit.beside) <= 1e-4 + 1e-3 * abs(returned):
         return
+    kind = type(model).__name__
+    if returned and min(map(abs, fit.beside)) <= 1e-4:
+        warnings.warn(
+            f"{kind} leaves out of its own loss what config.output_router_logits asks for, {returned:.3g} on {fit.tokens} tokens, which "
+            "run_backbone returns; set it to False to train without it",
+            stacklevel=2,
+        )
+        return
     left_out = fit.beside[0] - returned
     advice = "training on distillation_loss leaves it out"
     coefficient = getattr(model.config, "z_loss_coefficient", 0.0)
     if abs(left_out - coefficient * fit.squared_logsumexp) <= 1e-3 * abs(left_out):
         advice = f"it is z_loss_coefficient times the square of their log-sum-exp: pass z_loss_weight={coefficient:g} to have it"
     warnings.warn(
-        f"the loss of {type(model).__name__} has {left_out:.3g} beside the cross entropy of its logits, on {fit.tokens} tokens, that "
+        f"the loss of {kind} has {left_out:.3g} beside the cross entropy of its logits, on {fit.tokens} tokens, that "
         f"run_backbone does not return; {advice}",
         stacklevel=2,
     )

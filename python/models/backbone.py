@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distill_kernels.api.models import auxiliary_losses, packed_documents
 from distill_kernels.api.models.architectures import architecture_of, known_architecture
 from distill_kernels.api.models.auxiliary_losses import AuxiliaryLoss
-from distill_kernels.api.models.hidden_states import body_output, last_hidden_state
+from distill_kernels.api.models.hidden_states import body_output, check_images, last_hidden_state
 from distill_kernels.api.models.lm_head import Head, head_of, without_peft
 
 # Trainer and collators put these into a batch for the model's own loss, which is never computed here.
@@ -91,6 +91,7 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
     packed_documents.check(parts.model, architecture.hidden or last_hidden_state, inputs)
     auxiliary: Mapping[str, AuxiliaryLoss] = {}
     if architecture.hidden in (None, last_hidden_state):
+        check_images(parts.model, inputs)
         inputs = auxiliary_losses.request(parts.model, inputs)
         output = body_output(parts.model, **inputs)
         states, auxiliary = output.last_hidden_state, auxiliary_losses.read(parts.model, output, inputs)

@@ -4,7 +4,6 @@ What the LM head is given is multiplied on its way in, each token by another pow
 small ones would not show, a scale that they would hide in rounding. The model is in evaluation mode for that long.
 """
 
-import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api.models.hidden_states import own_forward
+from distill_kernels.api.models.hidden_states import evaluating, own_forward
 from distill_kernels.api.models.lm_head import Head
 
 AMPLITUDES = (1.0, 4.0, 16.0, 64.0)  # the largest logit of each token, about
@@ -179,21 +178,6 @@ def _logits_and_loss(model: Any, input_ids: Tensor, factors: Tensor) -> tuple[Te
     if len(met) != 1:
         raise NotImplementedError(f"{type(model).__name__} runs its LM head {len(met)} times for one batch, wanted once")
     return outputs.logits, getattr(outputs, "loss", None)
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, and with outputs that have names; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    named = model.config.return_dict
-    model.eval()
-    model.config.return_dict = True
-    try:
-        yield
-    finally:
-        model.config.return_dict = named
-        for module in training:
-            module.training = True
 
 
 def coarsest(*tensors: Tensor) -> float:

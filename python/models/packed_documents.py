@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.api.models.measured_logits import coarsest, evaluating
+from distill_kernels.api.models.hidden_states import evaluating
+from distill_kernels.api.models.measured_logits import coarsest
 
 DOCUMENTS, TOKENS = 3, 64  # of a batch that are compared, and of each of them
 # Model -> under which circumstances it was found to keep documents apart.

@@ -9,7 +9,7 @@ from test_models import tokens
 from thinned import some
 from torch.nn.functional import cross_entropy
 
-from benchmarks.models.tiny import tiny_model
+from benchmarks.models.tiny import there, tiny_model
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, run_backbone
 
 # Experts counted by the model, by its configuration, and in a grid; a coefficient of another name, and one in a nested configuration.
@@ -35,7 +35,7 @@ def beside_cross_entropy(model, **batch):
     return output.loss - cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("model_type", some(MIXTURES, ["dbrx", "doge", "jetmoe", "mixtral", "olmoe", "qwen3_moe"]))
+@pytest.mark.parametrize("model_type", some(there(MIXTURES), there(["dbrx", "doge", "jetmoe", "mixtral", "olmoe", "qwen3_moe"])))
 @pytest.mark.parametrize("padded", [False, True])
 def test_routers_losses_are_those_of_the_model_s_own_forward(model_type, padded):
     model = tiny_model(model_type, output_router_logits=True)
@@ -111,6 +111,18 @@ def test_losses_that_cannot_be_read_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         check_model(plain)
+
+
+def test_a_loss_that_only_run_backbone_has_is_named():
+    class Forgetful(transformers.MixtralForCausalLM):
+        def forward(self, *args, labels=None, output_router_logits=None, **kwargs):
+            return super().forward(*args, labels=labels, output_router_logits=False, **kwargs)
+
+    model = Forgetful(tiny_model("mixtral", output_router_logits=True).config).eval()
+    with pytest.warns(UserWarning, match=r"Forgetful leaves out of its own loss .*; set it to False"):
+        check_model(model)
+    model.config.output_router_logits = False
+    assert run_backbone(model, input_ids=tokens(1, 4)).auxiliary == {}
 
 
 def test_a_z_loss_of_the_model_s_own_is_named_with_the_option_that_has_it():

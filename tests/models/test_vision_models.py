@@ -5,14 +5,14 @@ import torch
 from test_models import logits_of
 from thinned import some
 
-from benchmarks.models.tiny import VOCAB, tiny_model
+from benchmarks.models.tiny import VOCAB, there, tiny_model
 from benchmarks.models.tiny_vision import ARCHITECTURES, IMAGE, tiny_vision_model, vision_batch
 from distill_kernels import next_token_labels
 from distill_kernels.api.models.backbone import run_backbone, vocabulary_size
 from distill_kernels.api.models.labels import placeholder_ids
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", there(ARCHITECTURES))
 def test_images_are_passed_on(model_type):
     model, batch = tiny_vision_model(model_type), vision_batch(model_type)
     with torch.no_grad():
@@ -23,7 +23,16 @@ def test_images_are_passed_on(model_type):
     assert vocabulary_size(model) == VOCAB
 
 
-@pytest.mark.parametrize("model_type", some(list(ARCHITECTURES), ["gemma3", "qwen2_5_vl"]))
+def test_a_body_that_ignores_images_is_refused():
+    model, batch = tiny_vision_model("smolvlm"), vision_batch("smolvlm")
+    model.base_model_prefix = "text"  # a language model alone, which takes any keyword
+    model.text = model.model.text_model
+    with pytest.raises(NotImplementedError, match=r"does not read pixel_values as the model's own forward does: .* differ by [01]\.?\d*"):
+        run_backbone(model, **batch)
+    run_backbone(model, input_ids=batch["input_ids"][:, :4])  # text
+
+
+@pytest.mark.parametrize("model_type", some(there(ARCHITECTURES), ["gemma3", "qwen2_5_vl"]))
 def test_gradients_reach_the_images_tower(model_type):
     model, batch = tiny_vision_model(model_type), vision_batch(model_type)
     logits_of(run_backbone(model, **batch)).square().mean().backward()
@@ -37,7 +46,7 @@ def test_gradients_reach_the_images_tower(model_type):
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", there(ARCHITECTURES))
 def test_nothing_is_learned_of_placeholders(model_type):
     model, batch = tiny_vision_model(model_type), vision_batch(model_type)
     placeholders = placeholder_ids(model)
