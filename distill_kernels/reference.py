@@ -31,17 +31,16 @@ def distillation_terms(
     teacher_softcap=None, ignore_index=-100, vocab_mismatch="error",
 ):  # fmt: skip
     """(divergence, cross entropy, squared log-sum-exp) of every token, each (...), and a dict of the diagnostics."""
-    if vocab_mismatch == "truncate":
-        shared = min(student_weight.shape[0], teacher_weight.shape[0])
-        student_weight, teacher_weight = student_weight[:shared], teacher_weight[:shared]
-        student_bias, teacher_bias = (None if b is None else b[:shared] for b in (student_bias, teacher_bias))
-    z = logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    of_all = z = logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     y = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    if vocab_mismatch == "truncate":  # the divergence, to what both have
+        shared = min(z.shape[-1], y.shape[-1])
+        z, y = z[..., :shared], y[..., :shared]
     log_q, log_p = log_probabilities(z / temperature), log_probabilities(y / temperature)
     value, _ = resolve(divergence)(log_p, log_q)
     kd = value.sum(-1)
 
-    nll, ce = _cross_entropy(z, labels, label_smoothing, ignore_index)
+    nll, ce = _cross_entropy(of_all, labels, label_smoothing, ignore_index)
 
     q, p = log_q.exp(), log_p.exp()
     stats = {
@@ -52,7 +51,7 @@ def distillation_terms(
         "top1_agreement": (z.argmax(-1) == y.argmax(-1)).double(),
         "tail_mass": (q * (p < 1e-4)).sum(-1),
     }
-    return (kd, ce, z.logsumexp(-1).square()), stats
+    return (kd, ce, of_all.logsumexp(-1).square()), stats
 
 
 def distillation_loss(

@@ -183,19 +183,18 @@ def eager_terms(
     teacher_softcap=None, ignore_index=-100, vocab_mismatch="error",
 ):  # fmt: skip
     """(divergence, cross entropy, squared log-sum-exp) of every token and a dict of the diagnostics, in float32."""
-    if vocab_mismatch == "truncate":
-        shared = min(student_weight.shape[0], teacher_weight.shape[0])
-        student_weight, teacher_weight = student_weight[:shared], teacher_weight[:shared]
-        student_bias, teacher_bias = (None if b is None else b[:shared] for b in (student_bias, teacher_bias))
-    z = eager_logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    of_all = z = eager_logits(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     y = eager_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    if vocab_mismatch == "truncate":
+        shared = min(z.shape[-1], y.shape[-1])
+        z, y = z[..., :shared], y[..., :shared]
     log_q, log_p = eager_log_probabilities(z / temperature), eager_log_probabilities(y / temperature)
     divergence = resolve(divergence)
     kd = EAGER_DIVERGENCES[divergence.name](log_p, log_q, *divergence.parameters).sum(-1)
 
     nll = ce = torch.zeros_like(kd)
     if labels is not None:
-        log_q1 = eager_log_probabilities(z)
+        log_q1 = eager_log_probabilities(of_all)
         valid = labels != ignore_index
         nll = -log_q1.gather(-1, (labels * valid).unsqueeze(-1)).squeeze(-1) * valid
         ce = (1 - label_smoothing) * nll - label_smoothing * log_q1.mean(-1) * valid
@@ -207,7 +206,7 @@ def eager_terms(
         "top1_agreement": (z.argmax(-1) == y.argmax(-1)).float(),
         "tail_mass": (log_q.exp() * (log_p.exp() < 1e-4)).sum(-1),
     }
-    return (kd, ce, z.logsumexp(-1).square()), stats
+    return (kd, ce, of_all.logsumexp(-1).square()), stats
 
 
 def eager_loss(
@@ -276,8 +275,8 @@ def eager_orders(inputs, options):
         for name in ("labels", "token_ids"):
             if options.get(name) is not None:
                 ids = options[name]
-                valid = ids != options.get("ignore_index", -100)
-                changed[name] = torch.where(valid, back[ids * valid], ids)
+                moved_ids = (ids != options.get("ignore_index", -100)) & (ids < shared)
+                changed[name] = torch.where(moved_ids, back[ids * moved_ids], ids)
         undo = {
             "d_student_hidden": lambda gradient, features=features: gradient[..., features],
             "d_student_weight": lambda gradient, rows=rows, back=back, features=features: rows(gradient, back)[..., features],

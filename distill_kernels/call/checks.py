@@ -118,7 +118,7 @@ def shared_vocabulary(student_weight: Tensor, teacher_weight: Tensor, vocab_mism
     if rows[0] != rows[1] and vocab_mismatch == "error":
         raise ValueError(
             f"student_weight has {rows[0]} rows but teacher_weight has {rows[1]}; if the first {min(rows)} entries mean the same tokens, "
-            'pass vocab_mismatch="truncate" to compare those, renormalised'
+            'pass vocab_mismatch="truncate" to compare those, renormalised; labels may still be any of the student\'s'
         )
     return min(rows)
 

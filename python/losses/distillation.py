@@ -82,7 +82,8 @@ def distillation_loss(
         reduction: "mean" over valid tokens, "sum", or "none": (...) per token, differentiable, at 4S + 2T instead of 3S + 1T; with a
             column_fraction still at 1S + 1T and 2 · column_fraction · S, if the columns kept for backward, 4 bytes for each and every
             token, fit in half of workspace_mib (and student_bias gets no gradient).
-        vocab_mismatch: "error", or "truncate" to the shared prefix of the vocabularies, renormalised.
+        vocab_mismatch: "error", or "truncate": the divergence is then over the first entries, that both have, renormalised; cross entropy
+            and z-loss stay over all of the student's, which takes 3S more where it has more than the teacher.
         column_fraction: of the vocabulary that the gradient products go over: 1S + 1T and 2 · column_fraction · S in place of 3S + 1T.
             The loss stays exact, the gradients of student_hidden and student_weight become unbiased estimates (see `columns` for the
             estimator, and its sources; `DistillationStats.gradient_error` for its error), that of student_bias stays exact, but with a
@@ -281,6 +282,41 @@ def _evaluated(inputs: Inputs, options: Options, spread: Spread, stats: bool) ->
     if spread.group:
         options.check_sharded()
     inputs.check(options)
+    if inputs.teacher_head is not None and len(inputs.student_head) > len(inputs.teacher_head):
+        return _with_entries_of_its_own(inputs, options, spread, stats)
+    return _of_one_vocabulary(inputs, options, spread, stats)
+
+
+def _with_entries_of_its_own(inputs: Inputs, options: Options, spread: Spread, stats: bool) -> tuple[Tensor, DistillationStats | None]:
+    """Of a student with more entries than the teacher: the divergence of the shared ones, and what is of the student alone of all."""
+    teacher = inputs.teacher_head
+    assert teacher is not None
+    labels, alone = inputs.labels, replace(inputs, teacher_hidden=None, teacher_weight=None, teacher_bias=None)
+    if labels is not None:
+        valid = labels != options.ignore_index
+        per_token.marked("labels", labels, valid, len(inputs.student_head))
+        # In the divergence labels are a mask, and those of the student's own entries would be out of range there.
+        inputs = replace(inputs, labels=torch.where(valid & (labels >= len(teacher)), 0, labels))
+    asked = options.kd_weight != 0, options.ce_weight != 0 or options.z_loss_weight != 0
+    # Weights of 1 where a part has none: it is then computed for its stats alone.
+    kd = replace(options, ce_weight=0.0, z_loss_weight=0.0, label_smoothing=0.0, kd_weight=options.kd_weight if asked[0] else 1.0)
+    others = replace(options, kd_weight=0.0, z_loss_weight=options.z_loss_weight if asked[1] else 1.0)
+    losses, made = [], []
+    for part, wanted, weighted in ((inputs, asked[0], kd), (alone, asked[1], others)):
+        if wanted or stats:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+                loss, of_part = _of_one_vocabulary(part, weighted, spread, stats)
+            losses += [loss] if wanted else []
+            made.append(of_part)
+    total = losses[0] if len(losses) == 1 else losses[0] + losses[1]
+    if not stats:
+        return total, None
+    shared, of_all = made
+    assert shared is not None and of_all is not None
+    return total, replace(shared, cross_entropy=of_all.cross_entropy, logsumexp_error=of_all.logsumexp_error)
+
+
+def _of_one_vocabulary(inputs: Inputs, options: Options, spread: Spread, stats: bool) -> tuple[Tensor, DistillationStats | None]:
     prepared = inputs.student_weight, inputs.teacher_weight
     inputs = _of_shared_vocabulary(inputs, options)
     valid, factor = per_token.factors(inputs, options)

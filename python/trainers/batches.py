@@ -71,6 +71,20 @@ def _check_shape(name: str, tensor: Any, ids: Tensor) -> None:
         raise ValueError(f"{name} of the batch is {shape}, wanted {tuple(ids.shape)} as input_ids has")
 
 
+def readable(ids: Tensor, rows: int, stand_in: int | None) -> Tensor:
+    """input_ids that a model with so many embeddings can read, `stand_in` in the place of the others. Waits for the device.
+
+    Raises ValueError where there are others, and there is no stand-in.
+    """
+    beyond = ids >= rows
+    if stand_in is None and bool(beyond.any()):
+        raise ValueError(
+            f"the batch has token {int(ids.max())}, but the teacher reads {rows} tokens only; pass teacher_stand_in_id=, a token that "
+            "it is to read in the place of those that it does not have, or leave out such rows"
+        )
+    return ids if stand_in is None else torch.where(beyond, stand_in, ids)
+
+
 class Reader:
     """What a model's own forward takes of a batch."""
 

@@ -14,6 +14,7 @@ from distill_kernels.api.cache.reading import TeacherCache
 from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, check_packing, run_backbone, vocabulary_size
 from distill_kernels.api.models.labels import placeholder_ids
+from distill_kernels.api.models.lm_head import without_peft
 from distill_kernels.api.trainers import batches
 from distill_kernels.api.trainers.batches import IGNORED, Reader
 from distill_kernels.api.trainers.given_models import check_tokenizers, loaded
@@ -61,6 +62,8 @@ class DistillationTrainer(Trainer):
         teacher_cache: a TeacherCache, in place of teacher_model; rows of all data sets, evaluation's included, must be in it. They are
             found by their token ids, or brought by its own data set and collator: without a data_collator, its is used. If it is one of
             top-k log-probabilities, the loss is `sparse_distillation_loss`, whose `tail` is required then, and no metrics are logged.
+        teacher_stand_in_id: a token that teacher_model reads in the place of those that it does not have, where the student's tokenizer has
+            more (with vocab_mismatch="truncate"); by default such a token ends the training in words.
         options: those of `distillation_loss` (divergence, temperature, kd_weight, ce_weight, column_fraction, ...; kd_weight=0 needs no
             teacher) and those of transformers.Trainer (train_dataset, data_collator, callbacks, ...). Logit scales and softcaps are read
             from the models.
@@ -82,6 +85,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher_model: "nn.Module | str | Path | None" = None,
         teacher_cache: TeacherCache | None = None,
+        teacher_stand_in_id: int | None = None,
         **options: Any,
     ) -> None:
         known = inspect.signature(Trainer.__init__).parameters
@@ -102,7 +106,7 @@ class DistillationTrainer(Trainer):
             )
         if trainer.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func takes logits, which are not made here; options of distillation_loss say what the loss is")
-        self.teacher_cache = teacher_cache
+        self.teacher_cache, self._stand_in = teacher_cache, teacher_stand_in_id
         model, teacher_model = loaded("model", model, torch.float32), loaded("teacher_model", teacher_model, "auto")
         super().__init__(model=model, args=args, **trainer)
         check_parallelism(self)
@@ -149,8 +153,18 @@ class DistillationTrainer(Trainer):
                 how = f"if the first {min(student, teacher)} entries mean the same tokens, "
                 how += 'pass vocab_mismatch="truncate" to compare those, renormalised'
             raise ValueError(f"the student's LM head has {student} rows but the teacher's has {teacher}; {how}")
+        self._teacher_embeddings = self._fewer_embeddings()
         shared = None if teacher is None else min(student, teacher)
         check_tokenizers(self._student, self.processing_class, self.teacher_model or self.teacher_cache, shared)
+
+    def _fewer_embeddings(self) -> int | None:
+        """How many tokens the teacher can read, if the student can read more."""
+        if self.teacher_model is None:
+            return None
+        student, teacher = (without_peft(model).get_input_embeddings().weight.shape[0] for model in (self._student, self.teacher_model))
+        if self._stand_in is not None and not 0 <= self._stand_in < teacher:
+            raise ValueError(f"teacher_stand_in_id is {self._stand_in}, wanted a token that the teacher has: 0 to {teacher - 1}")
+        return teacher if teacher < student else None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops columns that the student's forward does not take, unless they are named here: the teacher's, a cache's and the
@@ -256,7 +270,10 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _teacher_output(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self.teacher_model is not None:
-            output = run_backbone(self.teacher_model, **self._readers[1].inputs(inputs)).as_teacher()
+            batch = self._readers[1].inputs(inputs)
+            if self._teacher_embeddings is not None:
+                batch["input_ids"] = batches.readable(batch["input_ids"], self._teacher_embeddings, self._stand_in)
+            output = run_backbone(self.teacher_model, **batch).as_teacher()
         elif self.teacher_cache is not None:
             output = self.loss.teacher_arguments(self.teacher_cache.teacher_output(inputs))
         else:

@@ -305,18 +305,26 @@ def test_strided_inputs_match_reference(backend):
 @pytest.mark.parametrize("vocabularies", [(300, 320), (320, 300), (2, 300)], ids=str)
 @TWO
 def test_vocab_truncate_matches_reference(divergence, vocabularies, bias, backend):
+    """The divergence is of what both have; cross entropy and z-loss are of all of the student's, whose own entries get their gradient."""
     inputs = make_inputs("moderate", vocabulary=vocabularies[0], teacher_vocabulary=vocabularies[1], bias=bias)
-    shared = min(vocabularies)
-    got = check_loss(
-        inputs,
-        labels=make_labels(TOKENS, shared),
-        ce_weight=0.5,
-        label_smoothing=0.1,
-        vocab_mismatch="truncate",
-        divergence=divergence,
-        backend=backend,
-    )
-    assert (got["d_student_weight"][shared:] == 0).all()
+    options = {"labels": make_labels(TOKENS, vocabularies[0]), "vocab_mismatch": "truncate", "divergence": divergence, "backend": backend}
+    assert vocabularies[0] <= vocabularies[1] or (options["labels"] >= vocabularies[1]).any()
+    check_loss(inputs, ce_weight=0.5, label_smoothing=0.1, z_loss_weight=0.01, **options)
+    check_loss(inputs, ce_weight=0.5, reduction="none", upstream=per_token(TOKENS), **options)
+    alone = check_loss(inputs, **options)
+    assert (alone["d_student_weight"][min(vocabularies) :] == 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("weights", [{}, {"ce_weight": 0.5}, {"kd_weight": 0.0, "ce_weight": 0.5}], ids=str)
+def test_stats_of_a_student_with_entries_of_its_own_match_reference(weights, backend):
+    inputs = make_inputs("moderate", vocabulary=320, teacher_vocabulary=300)
+    check_stats(inputs, labels=make_labels(TOKENS, 320), vocab_mismatch="truncate", backend=backend, **weights)
+
+
+@BOTH
+def test_stats_without_labels_of_a_student_with_entries_of_its_own_match_reference(backend):
+    check_stats(make_inputs("moderate", vocabulary=320, teacher_vocabulary=300), vocab_mismatch="truncate", backend=backend)
 
 
 @BOTH

@@ -16,12 +16,13 @@ from trainer_runs import (
     distillation_trainer,
     make_student,
     make_teacher,
+    pad,
     rows,
     trained,
 )
 
 from benchmarks.models.tiny import tiny_model
-from distill_kernels import TeacherCache, distillation_loss, divergences, preset, write_teacher_cache
+from distill_kernels import TeacherCache, distillation_loss, divergences, next_token_labels, preset, write_teacher_cache
 from distill_kernels.api.trainers.distillation_trainer import check_parallelism
 from distill_kernels.api.trainers.trainer_loss import METRICS
 
@@ -141,6 +142,40 @@ def test_presets_are_options(tmp_path):
 def test_vocabularies_may_be_truncated_if_asked_for(tmp_path):
     trainer = trained(distillation_trainer(tmp_path, teacher_model=make_teacher(vocab_size=103), vocab_mismatch="truncate"))
     assert curve(trainer).isfinite().all()
+
+
+def with_added_tokens(trainer):
+    """A batch of which some tokens are the student's own, and the loss by hand: the teacher reads token 3 there."""
+    batch = pad(rows(4))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids[:2, 8] = batch["labels"][:2, 8] = VOCAB + 2
+    labels = next_token_labels(ids, labels=batch["labels"], attention_mask=mask)
+    assert (labels >= VOCAB).any()
+    student, teacher = trainer.model, trainer.teacher_model
+    z = student(input_ids=ids, attention_mask=mask).logits.double()
+    y = teacher(input_ids=torch.where(ids >= VOCAB, 3, ids), attention_mask=mask).logits.double()
+    log_q, log_p = z[..., :VOCAB].log_softmax(-1), y.log_softmax(-1)
+    valid = labels != -100
+    kd = (log_p.exp() * (log_p - log_q)).sum(-1)[valid].mean()
+    return batch, kd + 0.5 * torch.nn.functional.cross_entropy(z[valid], labels[valid])
+
+
+def test_student_with_added_tokens_learns_them_and_the_teacher_reads_another_in_their_place(tmp_path):
+    options = {"vocab_mismatch": "truncate", "ce_weight": 0.5}
+    student = make_student(vocab_size=VOCAB + 5)
+    trainer = distillation_trainer(tmp_path, student, **options)
+    batch, _ = with_added_tokens(trainer)
+    with pytest.raises(ValueError, match=rf"has token 10\d, but the teacher reads {VOCAB} tokens only; pass teacher_stand_in_id="):
+        trainer.compute_loss(student, batch)
+    trainer = distillation_trainer(tmp_path, student, teacher_stand_in_id=3, **options)
+    batch, wanted = with_added_tokens(trainer)
+    got = trainer.compute_loss(student, batch)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, student.lm_head.weight, retain_graph=True)[0] for loss in (got, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert gradients[0][VOCAB:].abs().min(1).values.max() > 0
+    with pytest.raises(ValueError, match=f"teacher_stand_in_id is {VOCAB}, wanted a token that the teacher has: 0 to {VOCAB - 1}"):
+        distillation_trainer(tmp_path, student, teacher_stand_in_id=VOCAB, **options)
 
 
 def test_models_that_are_not_known_are_refused_before_training(tmp_path):
