@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_kernels.api.cache.layout import CacheError
+from distill_kernels.api.models.offloaded import present
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,8 @@ def model_fingerprint(model: nn.Module) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         # Odd, so that it is no multiple of a matrix's width: it would then see a single column.
         step = (tensor.numel() // SAMPLED_ENTRIES) | 1
-        entries = tensor.detach().reshape(-1)[::step][:SAMPLED_ENTRIES].cpu().contiguous()
+        with present(model, name, tensor) as values:
+            entries = values.detach().reshape(-1)[::step][:SAMPLED_ENTRIES].cpu().contiguous()
         total.update(entries.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 

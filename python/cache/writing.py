@@ -16,6 +16,7 @@ from distill_kernels.api.cache.layout import CacheError, CachePlan, Dtype, Kind,
 from distill_kernels.api.cache.token_rows import TokenRows
 from distill_kernels.api.cache.whole_files import WriterLock, write_whole
 from distill_kernels.api.models.backbone import BackboneOutput, run_backbone
+from distill_kernels.api.models.offloaded import input_device
 from distill_kernels.call import checks
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _teacher(teacher: nn.Module | Run, fingerprint: str | None) -> tuple[Run, st
 
 def _device(teacher: nn.Module | Run) -> torch.device:
     """Where a model wants its ids; a function moves them itself."""
-    return next(teacher.parameters()).device if isinstance(teacher, nn.Module) else torch.device("cpu")
+    return input_device(teacher) if isinstance(teacher, nn.Module) else torch.device("cpu")
 
 
 class _Asked(TypedDict):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distill_kernels.api.models.offloaded import weight_and_bias
+
 _WRAP_OUTSIDE = (
     "wrap a module whose forward calls run_backbone and distillation_loss, because going past the wrapper skips its gradient hooks"
 )
@@ -47,6 +49,7 @@ class Head(NamedTuple):
         and the gradient of [W, B] take memory: (V, D + r) each.
         """
         weight, bias = self.weight, self.bias
+        hidden = hidden.to(weight.device)  # where a model is spread over several
         states, heads = [hidden], [weight]
         for dropout, down, up, scaling in self.adapters:
             states.append((scaling * down(dropout(hidden.to(down.weight.dtype)))).to(hidden.dtype))
@@ -113,7 +116,7 @@ def head_of(model: Any) -> Head:
         )
     if tokens is not None:  # a copy of the head, with those rows, which peft multiplies by without a bias
         return Head(tokens.get_merged_weights(tokens.active_adapters), None)
-    return Head(head.weight, head.bias, adapters)
+    return Head(*weight_and_bias(head), adapters)
 
 
 def _has_base(module: Any, name: str) -> bool:

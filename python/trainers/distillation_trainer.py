@@ -15,6 +15,7 @@ from distill_kernels.api.losses.prepared_heads import PreparedHead, prepare_head
 from distill_kernels.api.models.backbone import auxiliary_names, check_model, check_packing, run_backbone, vocabulary_size
 from distill_kernels.api.models.labels import placeholder_ids
 from distill_kernels.api.models.lm_head import without_peft
+from distill_kernels.api.models.offloaded import is_offloaded
 from distill_kernels.api.trainers import batches
 from distill_kernels.api.trainers.batches import IGNORED, Reader
 from distill_kernels.api.trainers.given_models import check_tokenizers, loaded
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput
+
+
+_OF_THE_HEAD = ("teacher_weight", "teacher_bias")
 
 
 class DistillationTrainer(Trainer):
@@ -116,6 +120,7 @@ class DistillationTrainer(Trainer):
         self._readers = [Reader(known_model) for known_model in (self._student, self.teacher_model) if known_model is not None]
         for dataset in (self.train_dataset, self.eval_dataset):
             batches.check_columns(getattr(dataset, "column_names", None) or ())
+        self._teacher_here: dict[str, Any] | None = None  # the head of a teacher elsewhere
         self._teacher_head: PreparedHead | None = None  # quantised, of a loss with `sweep`
         self._trained, self._evaluated, self._evaluated_loss = _TokenMeans(), _TokenMeans(), _TokenMeans()
 
@@ -131,7 +136,7 @@ class DistillationTrainer(Trainer):
         trained = {id(parameter) for parameter in self._student.parameters() if parameter.requires_grad}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError("teacher_model shares parameters that are trained with the student; pass a model of its own")
-        if getattr(teacher, "hf_device_map", None) is None:
+        if getattr(teacher, "hf_device_map", None) is None and not is_offloaded(teacher):
             teacher.to(self.args.device)
         return teacher.requires_grad_(False).eval()
 
@@ -267,13 +272,22 @@ class DistillationTrainer(Trainer):
                 made: tuple[Tensor, Tensor, Tensor] = model(batch=batch, teacher=teacher, **of_tokens, num_items=num_items)
                 return made
 
+    def _where_the_loss_runs(self, output: dict[str, Any]) -> dict[str, Any]:
+        """A teacher's output on the training device; of a teacher that is on another, or on several, the head's copy is made once."""
+        device = self.args.device
+        if output["teacher_weight"].device == device:
+            return output
+        if self._teacher_here is None:
+            self._teacher_here = {name: output[name] if output[name] is None else output[name].to(device) for name in _OF_THE_HEAD}
+        return {**output, **self._teacher_here, "teacher_hidden": output["teacher_hidden"].to(device)}
+
     @torch.no_grad()
     def _teacher_output(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if self.teacher_model is not None:
             batch = self._readers[1].inputs(inputs)
             if self._teacher_embeddings is not None:
                 batch["input_ids"] = batches.readable(batch["input_ids"], self._teacher_embeddings, self._stand_in)
-            output = run_backbone(self.teacher_model, **batch).as_teacher()
+            output = self._where_the_loss_runs(run_backbone(self.teacher_model, **batch).as_teacher())
         elif self.teacher_cache is not None:
             output = self.loss.teacher_arguments(self.teacher_cache.teacher_output(inputs))
         else:
