@@ -33,7 +33,7 @@ def weights_of(row):
 @pytest.mark.parametrize("unused", [True, False])
 def test_token_weights_multiply_the_loss_of_their_tokens(tmp_path, unused):
     """`unused`: remove_unused_columns, by which a column that no forward takes is dropped."""
-    changes = {**ONE_STEP, "remove_unused_columns": unused, "train_sampling_strategy": "sequential"}
+    changes = {**ONE_STEP, "remove_unused_columns": unused}
     data = with_column("token_weight", weights_of)
     student, teacher = make_student(), make_teacher()
     batch = data["data_collator"](data["train_dataset"][:2])
