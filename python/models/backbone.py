@@ -11,6 +11,7 @@ from distill_kernels.api.models.architectures import architecture_of, known_arch
 from distill_kernels.api.models.auxiliary_losses import AuxiliaryLoss
 from distill_kernels.api.models.hidden_states import body_output, check_images, last_hidden_state
 from distill_kernels.api.models.lm_head import Head, head_of, without_peft
+from distill_kernels.api.models.offloaded import check_present
 
 # Trainer and collators put these into a batch for the model's own loss, which is never computed here.
 _LOSS_ARGUMENTS = frozenset({"labels", "shift_labels", "num_items_in_batch"})
@@ -84,6 +85,7 @@ def run_backbone(model: nn.Module, **batch: Any) -> BackboneOutput:
         >>> loss = distillation_loss(**run_backbone(student, **batch).as_student(), **target.as_teacher(), labels=labels)
     """
     parts = _parts(model)
+    check_present(parts.head.weight, batch.values())
     if "logits_to_keep" in batch:
         raise ValueError("the batch has logits_to_keep, but run_backbone returns every position; drop it and slice hidden instead")
     inputs = {name: value for name, value in batch.items() if name not in _LOSS_ARGUMENTS}

@@ -5,7 +5,7 @@ A module whose weights are offloaded has placeholders on `meta`, and a hook that
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,18 +20,19 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
-    """(V, D) and (V,) or None of a linear layer: its own, or, of an offloaded one, copies on the device that it is run on.
-
-    Raises TypeError where there are only placeholders.
-    """
-    if not head.weight.is_meta:
+    """(V, D) and (V,) or None of a linear layer: its own, or, of an offloaded one, copies on the device that it is run on."""
+    if not head.weight.is_meta or _hook(head) is None:
         return head.weight, head.bias
     if head not in _fetched:
-        if _hook(head) is None:
-            raise TypeError("the LM head's weight is on meta, a placeholder without values: load the model's weights first")
         with _brought(head):
             _fetched[head] = head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()
     return _fetched[head]
+
+
+def check_present(weight: Tensor, inputs: Iterable[Any]) -> None:
+    """Raises TypeError where a model of placeholders, whose LM head's weight this is, is to be run on inputs that are none."""
+    if weight.is_meta and not all(value.is_meta for value in inputs if isinstance(value, Tensor)):
+        raise TypeError("the LM head's weight is on meta, a placeholder without values: load the model's weights first")
 
 
 @contextlib.contextmanager
