@@ -78,6 +78,7 @@ def adapted(name, tied, state):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
