@@ -30,9 +30,12 @@ def link(folder: Path) -> None:
     package.mkdir(parents=True, exist_ok=True)
     here = [path for path in (ROOT / "distill_kernels").iterdir() if path.suffix != ".so" and path.name != "__pycache__"]
     for name, path in [*((path.name, path) for path in here), ("api", ROOT / "python")]:
-        place = package / name
-        place.unlink(missing_ok=True)
-        place.symlink_to(os.path.relpath(path, package))  # relative: it is to hold where the tree is copied to
+        place, target = package / name, os.path.relpath(path, package)  # relative: it is to hold where the tree is copied to
+        if place.is_symlink() and os.readlink(place) == target:
+            continue  # other processes may be importing by it
+        draft = place.with_name(f"{name}.{os.getpid()}")
+        draft.symlink_to(target)
+        draft.replace(place)
 
 
 def extension_in(folder: Path) -> Path | None:

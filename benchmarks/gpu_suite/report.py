@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.gpu_suite.journal import Record
 
+WORDS = {"FAIL": "is wrong", "ERROR": "did not run"}
 TABLE, PICTURE = "report.txt", "report.png"
 
 
@@ -26,9 +27,9 @@ def failures(records: Sequence[Record]) -> list[str]:
     """What did not go as it should, a line each."""
     found = [f"{r['stage']}: {r['ended']}{_last_line(r)}" for r in _of(records, "stage") if r["ended"] != "done"]
     found += [
-        f"{r['stage']}: {r.get('variant', r.get('case'))} is wrong: {_errors(r)}{r.get('why', '')}"
+        f"{r['stage']}: {r.get('variant', r.get('case'))} {WORDS[r['verdict']]}: {_errors(r)}{r.get('why', '')}"
         for r in _of(records, "verdict")
-        if r["verdict"] == "FAIL"
+        if r["verdict"] in WORDS
     ]
     found += [f"{r['test']}: {r['outcome']}" for r in _of(records, "test") if r["outcome"] not in ("passed", "skipped")]
     found += [f"{r['what']}: {r['reason']}" for r in _of(records, "profile") if "reason" in r]

@@ -47,7 +47,8 @@ class Child:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         os.close(writes)
-        self._readers = [threading.Thread(target=of, args=args) for of, args in ((self._records, (reads,)), (self._output, ()))]
+        work = ((self._records, (reads,)), (self._output, ()))
+        self._readers = [threading.Thread(target=of, args=given, daemon=True) for of, given in work]
         for reader in self._readers:
             reader.start()
 
@@ -67,7 +68,7 @@ class Child:
         begin, told = time.monotonic(), self._process.stdin
         assert told is not None
         with contextlib.suppress(BrokenPipeError):  # it died while it was importing
-            told.write(f"{limit}\n".encode())
+            told.write(f"{begin + limit}\n".encode())  # on a clock that all processes of a machine share
             told.close()
         try:
             ended = how_it_ended(self._process.wait(limit + GRACE))
@@ -82,7 +83,8 @@ class Child:
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver cannot be ended: the others go on
+            self._process.wait(GRACE)
         for reader in self._readers:
             reader.join(GRACE)
 
@@ -159,10 +161,11 @@ def run_stage(stage: Stage) -> None:
     """In the process of a stage."""
     module, function = stage.run.split(":")
     work = getattr(importlib.import_module(module), function)
-    limit = sys.stdin.readline()
-    if not limit:
+    deadline = sys.stdin.readline()
+    if not deadline:
         return  # whoever started it has gone
-    faulthandler.dump_traceback_later(float(limit), exit=True)  # its own word, before it is killed
+    # Its own word, before it is killed. What it has imported until now was on the same clock.
+    faulthandler.dump_traceback_later(max(0.1, float(deadline) - time.monotonic()), exit=True)
     work(*stage.arguments)
 
 
@@ -171,8 +174,10 @@ def why_stop(dry: bool, without_cuda: bool) -> Callable[[Sequence[Record]], str 
 
     def stop(records: Sequence[Record]) -> str | None:
         machine = next((record for record in records if record["kind"] == "machine"), None)
-        if dry or machine is None:
+        if dry:
             return None
+        if machine is None:
+            return "the first stage did not say what machine this is"
         if machine["gpu"] is None:
             return "torch finds no GPU; --dry-run runs every stage at tiny sizes on CPU"
         if machine["extension"] != "loaded" and not without_cuda:

@@ -99,10 +99,10 @@ def all_stages(dry: bool) -> list[Stage]:
 
     comparisons, cuda_comparisons = ([one for one in of if one.dry or not dry] for of in (COMPARISONS, CUDA_COMPARISONS))
     right_cuda = [name for name in RIGHT_CUDA if not (dry and name.endswith(("cluster 2", "cluster 4")))]
-    found = [Stage("machine", 20, f"{WORK}.machine:machine")]
+    found = [Stage("machine", 40, f"{WORK}.machine:machine")]
     found += [stage_of(comparison, only_warm=True) for comparison in (comparisons[:1] if dry else comparisons)]
     found += [right_of(name, 30, "right: Triton") for name in RIGHT_TRITON]
-    found += [right_of(name, 15, "right: CUDA") for name in right_cuda]
+    found += [right_of(name, 20, "right: CUDA") for name in right_cuda]
     found += [
         Stage("ceilings", 20, f"{WORK}.ceilings:ceilings", (dry,)),
         Stage("row kernels", 15, f"{WORK}.ceilings:row_kernels", ("triton", dry)),
@@ -111,7 +111,7 @@ def all_stages(dry: bool) -> list[Stage]:
     found += [Stage("row kernels: CUDA", 15, f"{WORK}.ceilings:row_kernels", ("cuda", dry))]
     found += [stage_of(comparison, only_warm=False) for comparison in cuda_comparisons]
     processes = DRY_TEST_PROCESSES if dry else TEST_PROCESSES
-    for title, files, seconds in (("Triton", TRITON_TESTS, 100), ("CUDA", CUDA_TESTS, 60)):
+    for title, files, seconds in (("Triton", TRITON_TESTS, 90), ("CUDA", CUDA_TESTS, 60)):
         found += [
             Stage(f"tests: {title} {i + 1}", seconds, f"{WORK}.own_tests:own_tests", (files, i, processes, dry), f"tests: {title}")
             for i in range(processes)

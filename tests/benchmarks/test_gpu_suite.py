@@ -159,6 +159,7 @@ def test_suite_stops_where_what_it_needs_is_missing(machine, without_cuda, word)
     why = runner.why_stop(False, without_cuda)([{"kind": "machine", **machine}])
     assert why is None if word is None else word in why
     assert runner.why_stop(True, without_cuda)([{"kind": "machine", **machine}]) is None
+    assert "did not say" in runner.why_stop(False, without_cuda)([])
 
 
 def test_stop_ends_the_run_and_is_in_the_report(tmp_path):

@@ -42,7 +42,9 @@ def compare(comparison: Comparison, sizes: tuple[int, int, int, int], only_warm:
     if only_warm:
         for name, one in found.items():
             if one.compiles:
-                emit(kind="warm", **named, variant=name, ended=why_not_run(step_of(one, comparison.backward), tensors) or "done")
+                steps = [step_of(one, comparison.backward), *([one.predicted] if one.predicted is not None else [])]
+                ended = [why for step in steps if (why := why_not_run(step, tensors)) is not None]
+                emit(kind="warm", **named, variant=name, ended=ended or "done")
         return
     judged = Judge(tensors, comparison.backward)
     usable, peaks = {}, {}
@@ -55,10 +57,10 @@ def compare(comparison: Comparison, sizes: tuple[int, int, int, int], only_warm:
                 peaks[name] = peak_mib(step, tensors)
                 usable[name] = step
         except Exception as error:  # noqa: BLE001  (another library's failure, or ours, is a result, and the others are still to be timed)
+            emit(kind="verdict", **named, variant=name, verdict="ERROR", why=f"{type(error).__name__}: {error}"[:500])
             if has_gpu():
                 torch.cuda.synchronize()  # raises where the device is lost: nothing here can go on then
                 torch.cuda.empty_cache()
-            emit(kind="verdict", **named, variant=name, verdict="FAIL", why=f"{type(error).__name__}: {error}"[:500])
     judged.forget()
     if not usable:
         raise SystemExit("no variant was found right: there is nothing to time")

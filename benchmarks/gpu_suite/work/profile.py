@@ -6,11 +6,13 @@ python -m benchmarks.gpu_suite.work.profile small 260 5000 256 512          # wh
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 
@@ -19,6 +21,7 @@ from benchmarks import cases
 from benchmarks.gpu_suite.journal import emit
 from benchmarks.gpu_suite.work.machine import device, has_gpu
 from benchmarks.gpu_suite.work.right import MODELS, Sizes, forced, problem_of
+from distill_kernels.call import worthwhile
 
 SLOWEST = 3
 # Of ncu: what a kernel's time, its share of what memory and processors can do, and its registers are called there.
@@ -37,7 +40,8 @@ SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY.*")
 def steps(sizes: Sizes) -> None:
     """Two of the loss with its gradients in bfloat16: the first compiles."""
     backend = "triton" if has_gpu() else "torch"
-    tensors = [t.to(device()) for t in cases.Case("", *sizes).tensors(torch.bfloat16)]
+    with torch.device(device()):
+        tensors = cases.Case("", *sizes).tensors(torch.bfloat16)
     leaves = [t.detach().requires_grad_(i < 2) for i, t in enumerate(tensors)]
     for _ in range(2):
         cases.forward_backward(cases.fused(backend))(*leaves)
@@ -64,7 +68,7 @@ def counters(sizes: Sizes) -> None:
     if ncu is None:
         emit(kind="profile", what="counters", reason="there is no ncu on the PATH")
         return
-    names = "|".join(re.escape(name.split("(")[0].split("<")[0].split(" ")[-1]) for name in slowest(sizes))
+    names = "|".join(re.escape(name.split("(")[0].split("<")[0].split(" ")[-1].split("::")[-1]) for name in slowest(sizes))
     command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "--kernel-name-base", "function"]
     command += ["--kernel-name", f"regex:({names})", "--launch-count", str(4 * SLOWEST), *program("step", sizes)]
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -98,7 +102,7 @@ def small(sizes: Sizes) -> None:
     tensors = problem_of(sizes, torch.bfloat16)
     made = {key: value.clone().requires_grad_(key in MODELS[:2]) for key, value in tensors.items()}
     for cluster in (1, 2, 4):
-        with forced(cluster, cluster):
+        with forced(cluster, cluster), mock.patch.multiple(worthwhile, LEAST_TOKENS=1, LEAST_VOCABULARY=1):
             for options in ({}, {"column_fraction": 0.25, "seed": 0}):
                 distill_kernels.distillation_loss(**made, **options, backend="cuda").backward()
             with torch.no_grad():
@@ -111,7 +115,8 @@ def sanitized(tool: str, sizes: Sizes) -> None:
         emit(kind="profile", what=f"sanitizer: {tool}", reason="there is no compute-sanitizer on the PATH")
         return
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FAULTS), *program("small", sizes)]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    # Each tensor an allocation of its own: in the blocks of torch's cache nothing would be out of bounds.
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     said = ran.stdout + ran.stderr
     summary = SUMMARY.search(said)
     if ran.returncode == 0 and summary is not None:

@@ -20,7 +20,7 @@ class Bounds:
 # float32 accumulation of 16-bit products; dz and gradients are rounded to 16 bits.
 OURS = {torch.bfloat16: Bounds(2e-3, 1e-2, 0.1), torch.float32: Bounds(1e-5, 1e-4, 1e-3)}
 # Whoever rounds the logits themselves to 16 bits errs by percents, and is timed all the same; the table says by how much.
-OTHERS = {torch.bfloat16: Bounds(2e-2, 0.2, 2.0), torch.float32: Bounds(1e-4, 1e-2, 0.1)}
+OTHERS = {torch.bfloat16: Bounds(2e-2, 5e-2, 0.5), torch.float32: Bounds(1e-4, 1e-2, 0.1)}
 
 
 @dataclass(frozen=True)
